@@ -1,0 +1,3 @@
+from thriftune.cli import main
+
+main()

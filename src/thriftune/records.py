@@ -1,0 +1,190 @@
+"""What is written to a disk or crosses a process: data audit, step metrics, evaluation, the record of a run.
+
+Every file carries `schema_version`; it rises when a field changes its meaning, never when one is added. The
+lines of metrics.jsonl go by the version of the record beside them. NaN and infinity, which JSON lacks, are the texts
+"NaN" and "Infinity", and are read back as numbers.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from thriftune.errors import DiskFullError, InputError, OutputError
+from thriftune.recipe import Recipe
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings")
+
+
+class Lengths(Record):
+    """Token lengths of the rows used."""
+
+    median: int
+    p95: int
+    max: int
+
+
+class CutAnswers(Record):
+    """Answers that alone exceed max_length and lost their end (so these rows do not teach the model to stop)."""
+
+    rows: int
+    share: float
+    tokens_lost_mean: float
+
+
+class DataAudit(Record):
+    """Verdicts on the training rows. Counts are rows unless the name says tokens."""
+
+    source: str = Field(description="what the rows are, in words: 'imdb train, 25,000 rows'")
+    shape: str = Field(description="messages, prompt/completion, alpaca, sharegpt, text, imdb, gsm8k ...")
+    rendering: str = Field(description="how prompts are written: the tokenizer's chat template, plain text ...")
+    rows_read: int
+    rows_used: int
+    rows_dropped: dict[str, int] = Field(description="reason -> rows")
+    token_lengths: Lengths
+    max_length: int
+    tokens: int
+    trained_tokens: int
+    trained_share: float
+    rows_without_trained_token: int
+    prompts_cut: int = Field(description="rows whose prompt was shortened to max_length; their answers are whole")
+    answers_cut: CutAnswers
+    eos_trained: bool = Field(description="every used, uncut answer ends in a trained end token")
+    eos_token: str | None
+    bos_doubled: bool
+    duplicate_rows: int
+    rows_shared_with_eval: int
+    eval_rows: int
+    fingerprint: str = Field(description="sha256 of the token ids and masks used, in row order")
+
+
+class StepMetrics(Record):
+    """One optimizer step, one line of metrics.jsonl. The loss is the mean over the step's target tokens."""
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    targets: int
+    tokens: int = Field(description="tokens that went through the model in this step, padding not counted")
+    tokens_seen: int
+    step_s: float
+    tokens_per_s: float
+    memory_bytes: int
+    peak_bytes: int
+    energy_j: float | None = None
+    eval_loss: float | None = None
+    events: list[str] = Field(default_factory=list, description="what happened: out of memory and what was done ...")
+
+
+class EvalResult(Record):
+    """A score with its Wilson 95 % interval (`low`, `high`); every answer is kept in the `answers` file."""
+
+    schema_version: int = SCHEMA_VERSION
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    rows: int
+    model: str
+    adapter: str | None = None
+    answers: str | None = Field(None, description="jsonl file with one object a row: prompt, answer, target, correct")
+    details: dict[str, Any] = Field(default_factory=dict, description="further scores and settings")
+    wall_s: float = 0.0
+
+
+class RunRecord(Record):
+    """A run: what was asked, what happened, on what, with which versions."""
+
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["done", "interrupted", "failed"]
+    method: str
+    path: Literal["engine", "generic"]
+    path_reason: str
+    model: str
+    trainable_parameters: int
+    total_parameters: int
+    steps: int
+    epochs: float
+    loss: float | None = Field(description="mean loss over the target tokens of the last tenth of the steps")
+    eval_loss: float | None = None
+    best_step: int | None = None
+    tokens: int
+    tokens_per_s: float
+    peak_bytes: int
+    energy_j: float | None = None
+    wall_s: float
+    train_s: float
+    load_s: float
+    adapter: str | None = Field(description="folder of the result: a PEFT adapter, or a whole model for method full")
+    events: list[str] = Field(default_factory=list)
+    data: DataAudit | None = None
+    recipe: Recipe
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    command: str
+    started: str
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write aside, flush to the disk, rename: a reader sees the old file or the new one, never half of one.
+
+    Raises OutputError when the place cannot be written to and DiskFullError when it has no room.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        given = f"{path} cannot be written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(given=given, allowed="a disk with room", do="free some, or write elsewhere") from error
+        raise OutputError(given=given, allowed="a folder that you may write to", do="name another one") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_record(path: Path, record: Record) -> None:
+    write_text_atomically(path, record.model_dump_json(indent=2) + "\n")
+
+
+def read_record(path: Path, kind: type[RecordType]) -> RecordType:
+    """Read a record back. Raises InputError naming the file when it is missing, not JSON or of another shape."""
+    allowed = f"a {kind.__name__} written by thriftune (schema version {SCHEMA_VERSION} or older)"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise InputError(
+                given=f"{path} has schema version {version}", allowed=allowed, do="read it with a newer thriftune"
+            )
+        return kind.model_validate(content)
+    except FileNotFoundError:
+        raise InputError(given=f"{path} does not exist", allowed=allowed, do="name a run's folder") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        given = f"{path} is not a {kind.__name__}: {where}: {first['msg']}"
+        raise InputError(given=given, allowed=allowed, do="restore or remove it") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number too long to read
+        raise InputError(given=f"{path} cannot be read: {error}", allowed=allowed, do="restore or remove it") from None
