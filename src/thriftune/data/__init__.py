@@ -1,0 +1,31 @@
+"""From sources to batches: rows -> conversations -> tokens and mask -> audit -> steps."""
+
+from thriftune.data.audit import audit, audit_lines, example_segments
+from thriftune.data.batches import Batch, StepOrder, micro_batches, shared_out
+from thriftune.data.encoding import Encoded, Example, encode_answer, encode_prompt, encode_rows, stop_token_ids
+from thriftune.data.formats import Conversation, to_conversation
+from thriftune.data.prepare import PreparedData, prepare
+from thriftune.data.sources import Rows, load_file, load_rows
+
+__all__ = [
+    "Batch",
+    "Conversation",
+    "Encoded",
+    "Example",
+    "PreparedData",
+    "Rows",
+    "StepOrder",
+    "audit",
+    "audit_lines",
+    "encode_answer",
+    "encode_prompt",
+    "encode_rows",
+    "example_segments",
+    "load_file",
+    "load_rows",
+    "micro_batches",
+    "prepare",
+    "shared_out",
+    "stop_token_ids",
+    "to_conversation",
+]

@@ -1,0 +1,22 @@
+"""Ways to adapt a model, in one explicit table."""
+
+from thriftune.methods.base import Method, trainable_parameters
+from thriftune.methods.choose import choose_method, free_memory_bytes, needs_checkpointing
+from thriftune.methods.full import FullMethod
+from thriftune.methods.lora import LoraMethod, load_adapter_weights
+
+METHODS: dict[str, Method] = {
+    "lora": LoraMethod(name="lora", four_bit=False),
+    "qlora": LoraMethod(name="qlora", four_bit=True),
+    "full": FullMethod(),
+}
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "choose_method",
+    "free_memory_bytes",
+    "load_adapter_weights",
+    "needs_checkpointing",
+    "trainable_parameters",
+]

@@ -1,0 +1,62 @@
+"""Changes to modules of one model instance, each reported. Nothing of anyone's class is patched."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def keep_four_bit_weights_as_they_are(model: nn.Module) -> int:
+    """Switch off bitsandbytes' in-place repacking of 4-bit weights on CPUs with avx512_bf16. Returns the layers found.
+
+    There the first evaluation forward without gradients reorders the packed weights for a faster product. Gradients,
+    merging and saving then read them in the old order and are silently wrong (bitsandbytes 0.50.2,
+    `Linear4bit.forward`). The flag is an attribute of each layer.
+    """
+    changed = 0
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            changed += 1
+    return changed
+
+
+def norms_to_float32(model: nn.Module) -> int:
+    """Bring the weights of normalisation layers to float32, about 1 MB in an 8B model. Returns the layers changed.
+
+    Used with autocast in training: products stay in the base's type, the scales of the residual stream are exact.
+    """
+    changed = 0
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        is_norm = "norm" in type(module).__name__.lower()
+        if is_norm and own and all(parameter.ndim == 1 and parameter.is_floating_point() for parameter in own):
+            if own[0].dtype != torch.float32:
+                module.float()
+                changed += 1
+    return changed
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, shared ones once; a 4-bit weight counts its logical elements (it stores two in a byte)."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            shape = state.shape
+            count = 1
+            for size in shape:
+                count *= int(size)
+            total += count
+        else:
+            total += parameter.numel()
+    return total
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute each layer's activations in the backward pass, non-reentrant (right for frozen inputs too)."""
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.20 renamed it
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)

@@ -1,0 +1,71 @@
+"""Sum of the target tokens' losses, and the only place that shifts labels.
+
+Shape legend: B rows, T positions, K positions that predict a target in any row, V vocabulary, N = B * K.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thriftune.data import Batch
+
+IGNORE = -100
+ROWS_AT_ONCE = 1024  # float32 copies of the logits are made for this many positions at a time
+
+
+class SumCrossEntropy(torch.autograd.Function):
+    """sum_n [logsumexp(x_n) - x_n[target_n]] over targets that are not IGNORE; float32 inside, float64 across chunks.
+
+    The gradient, softmax(x_n) - onehot(target_n), is made in the forward pass chunk by chunk in the logits' own type,
+    so no float32 copy of all logits ever exists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient_NV = torch.empty_like(logits_NV) if needs_gradient else None
+        total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
+        for start in range(0, logits_NV.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            chunk_NV = logits_NV[rows].float()
+            counted_N = targets_N[rows] != IGNORE
+            picked_N = targets_N[rows].where(counted_N, 0)
+            log_total_N = torch.logsumexp(chunk_NV, dim=-1)
+            loss_N = log_total_N - chunk_NV.gather(1, picked_N[:, None])[:, 0]
+            # where, not a product: a position without a target may hold infinities
+            total += loss_N.where(counted_N, 0.0).sum(dtype=torch.float64)
+            if gradient_NV is not None:
+                chunk_NV = torch.exp_(chunk_NV.sub_(log_total_N[:, None]))
+                chunk_NV.scatter_add_(1, picked_N[:, None], chunk_NV.new_full((len(picked_N), 1), -1.0))
+                gradient_NV[rows] = chunk_NV.masked_fill_(~counted_N[:, None], 0.0)
+        ctx.save_for_backward(gradient_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * grad_outputs[0].to(gradient_NV.dtype), None
+
+
+def accepts_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the causal model under any wrapper can compute logits for chosen positions only."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def loss_sum(model: nn.Module, batch: Batch, logits_for_targets_only: bool) -> Tensor:
+    """The batch's summed loss, a float64 scalar. Padding stands right of every row, so causal attention never sees it
+    and no attention mask is needed; logits are computed only at positions that predict a target in some row."""
+    targets_BT = batch.labels_BT[:, 1:]
+    positions_K = (targets_BT != IGNORE).any(dim=0).nonzero()[:, 0]
+    targets_BK = targets_BT[:, positions_K]
+    if logits_for_targets_only:
+        logits_BKV = model(input_ids=batch.tokens_BT, use_cache=False, logits_to_keep=positions_K).logits
+    else:
+        logits_BKV = model(input_ids=batch.tokens_BT, use_cache=False).logits[:, positions_K]
+    total: Tensor = SumCrossEntropy.apply(logits_BKV.flatten(0, 1), targets_BK.flatten())
+    return total
