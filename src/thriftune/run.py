@@ -1,0 +1,370 @@
+"""A run from its recipe to its record, top to bottom; and a run's folder opened again for use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from thriftune.data import PreparedData, prepare
+from thriftune.errors import InputError, OutputError, StoppedBySignal, ThriftuneError
+from thriftune.methods import METHODS, Method, choose_method, needs_checkpointing, trainable_parameters
+from thriftune.models import LoadedModel, describe_model, load_model, load_tokenizer
+from thriftune.models.load import ModelDescription, choose_dtype
+from thriftune.models.surgery import count_parameters, enable_checkpointing
+from thriftune.recipe import Recipe, dump_yaml
+from thriftune.records import RunRecord, write_record, write_text_atomically
+from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
+from thriftune.train.checkpoint import newest_checkpoint
+from thriftune.train.distributed import Processes
+from thriftune.train.observe import MetricsFile
+
+GENERIC_PATH_REASON = "transformers' model with autograd: the engine has not landed yet"
+VERSIONED = ("thriftune", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before anything is spent: files checked, data audited, method and output chosen."""
+
+    recipe: Recipe
+    description: ModelDescription
+    data: PreparedData
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    method_reason: str
+
+
+def quiet_libraries() -> None:
+    """No telemetry, no progress bars of libraries; the user's own settings win."""
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("DO_NOT_TRACK", "1"), ("TOKENIZERS_PARALLELISM", "false"),
+                        ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def choose_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def prepare_run(recipe: Recipe) -> Prepared:
+    """Check the model's files, read and audit the data, choose method and output. Loads no weights, writes nothing."""
+    quiet_libraries()
+    device = choose_device()
+    description = describe_model(recipe.model)
+    dtype = choose_dtype(recipe.model, device)
+    method, reason = choose_method(recipe, description, device, dtype.itemsize)
+    tokenizer = load_tokenizer(recipe.model, description.folder)
+    data = prepare(recipe, tokenizer)
+    longest = data.audit.token_lengths.max
+    if description.max_positions is not None and longest > description.max_positions:
+        raise InputError(
+            given=f"the longest row has {longest} tokens, {recipe.model.name} has {description.max_positions} positions",
+            allowed=f"data.max_length up to {description.max_positions}",
+            do=f"run again with max_length={description.max_positions}",
+        )
+    resolved = recipe.resolved(method, _output_folder(recipe, method))
+    return Prepared(resolved, description, data, tokenizer, device, dtype, reason)
+
+
+def run(
+    prepared: Prepared, *, observers: Sequence[Observer], command: str, resume_command: str
+) -> RunRecord:
+    """Train as prepared and leave a run's folder behind: checkpoints, result, recipe, metrics, record."""
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    recipe, device = prepared.recipe, prepared.device
+    output = Path(recipe.output or "")
+    accelerator, processes = _processes(recipe, output, device)
+    if processes.is_main:
+        _claim(output, recipe)
+    processes.barrier()
+    method = METHODS[recipe.method]
+    loaded = load_model(
+        recipe.model, device=device, dtype=prepared.dtype, quant=recipe.quant if method.four_bit else None
+    )
+    total_parameters = count_parameters(loaded.model)
+    model = method.attach(loaded, recipe)
+    job = _job(prepared, method, loaded, model, processes, output, resume_command)
+    trackers: list[Observer] = [_Trackers(accelerator)] if recipe.report_to else []
+    watching = Observers([*observers, MetricsFile(output / "metrics.jsonl"), *trackers] if processes.is_main else [])
+
+    def record(status: Any, outcome: TrainOutcome | None, adapter: Path | None) -> RunRecord:
+        return RunRecord(
+            status=status, method=recipe.method, path="generic", path_reason=GENERIC_PATH_REASON,
+            model=recipe.model.name, trainable_parameters=trainable_parameters(model) or trainable,
+            total_parameters=total_parameters, steps=outcome.steps if outcome else 0,
+            epochs=outcome.epochs if outcome else 0.0, loss=outcome.loss if outcome else None,
+            eval_loss=outcome.eval_loss if outcome else None, best_step=outcome.best_step if outcome else None,
+            tokens=outcome.tokens if outcome else 0, tokens_per_s=outcome.tokens_per_s if outcome else 0.0,
+            peak_bytes=outcome.peak_bytes if outcome else 0, energy_j=outcome.energy_j if outcome else None,
+            wall_s=time.perf_counter() - clock, train_s=outcome.train_s if outcome else 0.0, load_s=loaded.load_s,
+            adapter=str(adapter) if adapter else None, events=watching.events, data=prepared.data.audit,
+            recipe=recipe, hardware=hardware(device), versions=versions(), command=command, started=started,
+        )
+
+    trainable = trainable_parameters(model)
+    try:
+        with _stop_signals() as stop, _lora_types(job):
+            outcome = train(job, watching, stop)
+    except ThriftuneError as error:
+        watching.events.append(error.given)
+        if processes.is_main:
+            status = "interrupted" if isinstance(error, StoppedBySignal) else "failed"
+            write_record(output / "record.json", record(status, None, None))
+        raise
+    result = output / method.result_folder
+    if processes.is_main:
+        _export(method, job.model, loaded, recipe, result)
+    processes.barrier()
+    finished = record("done", outcome, result)
+    if processes.is_main:
+        write_record(output / "record.json", finished)
+    return finished
+
+
+def _job(
+    prepared: Prepared, method: Method, loaded: LoadedModel, model: Any, processes: Processes, output: Path,
+    resume_command: str,
+) -> TrainJob:
+    recipe, device = prepared.recipe, prepared.device
+    settings = recipe.train
+    checkpointing = settings.gradient_checkpointing == "on" or (
+        settings.gradient_checkpointing == "auto"
+        and needs_checkpointing(
+            prepared.description, settings.per_device_train_batch_size, prepared.data.audit.token_lengths.max, device,
+            prepared.dtype.itemsize,
+        )
+    )
+    in_bfloat16 = loaded.base_dtype == torch.bfloat16
+    return TrainJob(
+        model=model,
+        method=method,
+        recipe=recipe,
+        train_examples=prepared.data.train,
+        place_of=prepared.data.place_of,
+        eval_examples=prepared.data.eval,
+        processes=processes,
+        output=output,
+        autocast_dtype=torch.bfloat16 if in_bfloat16 else None,
+        enable_checkpointing=lambda: enable_checkpointing(loaded.model),
+        checkpointing=checkpointing,
+        identity=_identity(prepared, processes.world),
+        resume_command=resume_command,
+    )
+
+
+def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes it must have in common."""
+    recipe = prepared.recipe
+    train = recipe.train.model_dump(
+        include={"learning_rate", "num_train_epochs", "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
+                 "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps", "warmup_ratio"}
+    )
+    examples = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world
+    return {
+        "model": recipe.model.name, "total_parameters": prepared.description.total_parameters,
+        "method": recipe.method, "seed": recipe.seed, "data": prepared.data.audit.fingerprint,
+        "shuffle": recipe.data.shuffle, "examples_per_step": examples,
+        "lora": recipe.lora.model_dump(mode="json") if recipe.method != "full" else None,
+        "quant": recipe.quant.model_dump() if recipe.method == "qlora" else None, **train,
+    }  # fmt: skip
+
+
+@contextmanager
+def _stop_signals() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM ask the loop to stop after the step; a second one stops at once."""
+    request = StopRequest()
+
+    def ask(number: int, _frame: Any) -> None:
+        if request.signal_number:
+            raise KeyboardInterrupt
+        request.signal_number = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _lora_types(job: TrainJob) -> AbstractContextManager[Any]:
+    """Under autocast PEFT need not copy a layer's input to float32 first: the product is in bfloat16 either way."""
+    if job.autocast_dtype is None or job.method.name == "full":
+        return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+
+    casting: AbstractContextManager[Any] = disable_input_dtype_casting(job.model)
+    return casting
+
+
+def _processes(recipe: Recipe, output: Path, device: torch.device) -> tuple[Any, Processes]:
+    """accelerate sets up the processes (torchrun or accelerate launch) and the trackers."""
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no", log_with=list(recipe.report_to) or None,
+            project_dir=str(output),
+        )
+        if recipe.report_to:
+            output.mkdir(parents=True, exist_ok=True)
+            accelerator.init_trackers("thriftune", config=_flat(recipe.dump()))
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            given=f"report_to={','.join(recipe.report_to)}: {error}",
+            allowed="tensorboard, wandb, mlflow and trackio, each with its package installed",
+            do="pip install the tracker's package, or drop report_to",
+        ) from None
+    return accelerator, Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+class _Trackers:
+    """The run's numbers handed to accelerate's trackers."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def start(self, first_step: int, num_steps: int) -> None:
+        pass
+
+    def step(self, metrics: Any) -> None:
+        names = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "tokens_seen", "epoch", "peak_bytes", "eval_loss")
+        values = {f"train/{name}": getattr(metrics, name) for name in names if getattr(metrics, name) is not None}
+        self._accelerator.log(values, step=metrics.step)
+
+    def event(self, text: str) -> None:
+        pass
+
+    def saved(self, folder: Path) -> None:
+        pass
+
+    def end(self) -> None:
+        self._accelerator.end_training()
+
+
+def _output_folder(recipe: Recipe, method: str) -> str:
+    """The folder asked for, or runs/<model>-<data>-<method>, numbered when that run exists and is not to be resumed."""
+    if recipe.output:
+        return recipe.output
+    words = [Path(recipe.model.name).name, Path(recipe.data.name).name.split(".")[0], method]
+    stem = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", word).strip("-.") or "x" for word in words).lower()
+    base = Path("runs") / stem
+    candidates = [base, *(base.with_name(f"{stem}-{number}") for number in range(2, 10_000))]
+    first_free = next(index for index, folder in enumerate(candidates) if not folder.exists())
+    if recipe.train.resume_from_checkpoint and first_free:
+        return str(candidates[first_free - 1])
+    return str(candidates[first_free])
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """Make the run's folder and store the resolved recipe. Refuses a folder that already holds a run."""
+    resuming = recipe.train.resume_from_checkpoint is not None
+    holds_run = (output / "record.json").exists() or newest_checkpoint(output) is not None
+    if holds_run and not resuming:
+        raise OutputError(
+            given=f"{output} already holds a run", allowed="a new or empty folder, or resume_from_checkpoint=auto",
+            do=f"name another --output, or go on with resume_from_checkpoint=auto, or delete {output}",
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(output / "recipe.yaml", dump_yaml(recipe))
+    except OSError as error:
+        raise OutputError(
+            given=f"{output} cannot be written to: {error.strerror or error}", allowed="a folder you may write to",
+            do="name another --output",
+        ) from None
+
+
+def _export(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
+    """Write the result aside, then put it in place whole."""
+    aside = result.with_name(f".{result.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        method.export(model, loaded, aside)
+        (aside / "README.md").write_text(_card(recipe), encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        for part in aside.iterdir():
+            part.chmod(0o666 & ~umask)
+        shutil.rmtree(result, ignore_errors=True)
+        aside.rename(result)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OutputError(
+            given=f"the result cannot be written to {result}: {error.strerror or error}", allowed="a disk with room",
+            do="free some space and run again with resume_from_checkpoint=auto",
+        ) from None
+
+
+def _card(recipe: Recipe) -> str:
+    kind = "A whole model" if recipe.method == "full" else "A LoRA adapter in PEFT's format"
+    library = "transformers" if recipe.method == "full" else "peft"
+    return (
+        f"---\nbase_model: {recipe.model.name}\nlibrary_name: {library}\n---\n\n{kind} for {recipe.model.name}, made by "
+        f"thriftune (method {recipe.method}, data {recipe.data.name}, seed {recipe.seed}).\nThe recipe, the metrics and "
+        "the record of the run are in the folder above this one.\n"
+    )
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the run ran on, for its record."""
+    found: dict[str, Any] = {
+        "device": str(device), "platform": platform.platform(), "cpu_count": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total, "torch_threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+

@@ -1,0 +1,167 @@
+"""The verbs that use a model: `eval`, `predict`, `chat`. Each opens a target, hands it to its room, writes what came."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from thriftune.data import load_file
+from thriftune.errors import OutputError
+from thriftune.evaluate import TASKS, evaluate
+from thriftune.infer.batching import Progress, ProgressCallback
+from thriftune.infer.chat import chat_loop
+from thriftune.infer.predict import predict_rows
+from thriftune.recipe import DataRecipe, Recipe, read_recipe
+from thriftune.records import EvalResult, write_record
+from thriftune.run import choose_device, quiet_libraries
+from thriftune.target import OpenedTarget, Target, find_target, open_target
+from thriftune.units import format_seconds
+
+
+def evaluate_target(
+    name: str,
+    words: Sequence[str],
+    *,
+    task: str,
+    data_path: str | None,
+    split: str,
+    limit: int | None,
+    answers: Path | None,
+) -> EvalResult:
+    """Score a target; the result and every answer are kept in the run's folder, or under evals/ for a bare model."""
+    target, recipe = _target(name, words)
+    data = task_data(recipe.data, task, data_path)
+    folder = Path(name) if (Path(name) / "recipe.yaml").is_file() else Path("evals")
+    stem = f"eval-{task}" if folder == Path(name) else f"{_slug(name)}-{task}"
+    if limit is not None:
+        stem += f"-{limit}"
+    opened = open_target(target, choose_device())
+    result = evaluate_opened(opened, data, recipe, task, split, limit, answers or folder / f"{stem}.jsonl")
+    write_record(folder / f"{stem}.json", result)
+    return result
+
+
+def evaluate_opened(
+    opened: OpenedTarget, data: DataRecipe, recipe: Recipe, task: str, split: str, limit: int | None, answers: Path
+) -> EvalResult:
+    return evaluate(
+        task,
+        opened.model,
+        opened.tokenizer,
+        data=data,
+        settings=recipe.generation,
+        limit=limit,
+        split=split,
+        answers_path=answers,
+        model_name=opened.target.base.name,
+        adapter_name=str(opened.target.adapter) if opened.target.adapter else None,
+        on_progress=progress_lines(f"{task}"),
+    )
+
+
+def task_data(trained_on: DataRecipe, task: str, data_path: str | None) -> DataRecipe:
+    """Where a task's rows are, rendered as the model was trained: the run's own place when it trained on that set."""
+    name = TASKS[task].data if task in TASKS else trained_on.name
+    path = data_path or (trained_on.path if trained_on.name == name else None)
+    return trained_on.model_copy(
+        update={"name": name, "path": path, "columns": {} if trained_on.name != name else trained_on.columns}
+    )
+
+
+def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, output: Path | None) -> int:
+    """Answer every row of a file, streamed in order. The output file appears under its name once it is whole."""
+    rows = load_file(str(input_file))
+    target, recipe = _target(name, words)
+    opened = open_target(target, choose_device())
+    count = 0
+    # A file's rows say themselves what they are; only how a prompt is rendered is the run's.
+    data = recipe.data if target.is_run and recipe.data.columns else recipe.data.model_copy(
+        update={"name": str(input_file), "columns": recipe.data.columns}
+    )
+    answered = predict_rows(
+        opened.model, opened.tokenizer, rows, data, recipe.generation, seed=recipe.seed,
+        on_progress=progress_lines("predict"),
+    )
+    with _whole_file(output) as file:
+        for row in answered:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            count += 1
+    return count
+
+
+def chat_with_target(name: str, words: Sequence[str]) -> None:
+    target, recipe = _target(name, words)
+    opened = open_target(target, choose_device())
+
+    def read_line() -> str:
+        return input("> " if sys.stdin.isatty() else "")
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    chat_loop(opened.model, opened.tokenizer, recipe.data, recipe.generation, read_line, write, seed=recipe.seed)
+
+
+def _target(name: str, words: Sequence[str]) -> tuple[Target, Recipe]:
+    quiet_libraries()
+    target = find_target(name)
+    return target, read_recipe(None, words, target.recipe.dump())
+
+
+def progress_lines(label: str) -> ProgressCallback:
+    """Progress on standard error: one line rewritten on a terminal, a line every ten seconds elsewhere."""
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    last = started
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        if progress.event:
+            console.print(progress.event, style="yellow", highlight=False)
+        now = time.perf_counter()
+        finished = progress.done >= progress.total
+        if finished or now - last >= (0.2 if console.is_terminal else 10.0):
+            last = now
+            left_s = (now - started) / max(1, progress.done) * (progress.total - progress.done)
+            text = f"{label}: {progress.done} of {progress.total} rows, {format_seconds(left_s)} left"
+            console.print(text, end="\r" if console.is_terminal and not finished else "\n", highlight=False)
+
+    return report
+
+
+@contextmanager
+def _whole_file(output: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file written aside and renamed when everything is in it."""
+    if output is None:
+        yield sys.stdout
+        return
+    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as file:
+            yield file
+        aside.replace(output)
+    except OSError as error:
+        raise OutputError(
+            given=f"{output} cannot be written: {error.strerror or error}", allowed="a file you may write to, with room",
+            do="name another --output",
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.").lower() or "model"
+
+
