@@ -84,7 +84,7 @@ def train(
         print_audit(console, audit_lines(prepared.data.audit), example_segments(first, prepared.tokenizer, longest=600))
         console.print(
             f"method {prepared.recipe.method} ({prepared.method_reason}); device {prepared.device}; output "
-            f"{prepared.recipe.output}", highlight=False, soft_wrap=True,
+            f"{prepared.recipe.output}", highlight=False, markup=False, soft_wrap=True,
         )
     if dry_run:
         _finish_dry_run(prepared, as_json)
@@ -175,7 +175,7 @@ def predict(
     from thriftune.serving import predict_with_target
 
     count = predict_with_target(target, words or [], input_file=input_file, output=output)
-    Console(stderr=True).print(f"{count} rows answered" + (f": {output}" if output else ""), highlight=False)
+    Console(stderr=True).print(f"{count} rows answered" + (f": {output}" if output else ""), highlight=False, markup=False)
 
 
 @app.command()
@@ -230,7 +230,7 @@ def _recipe(words: list[str] | None, config: Path | None, options: dict[str, Any
     """The recipe of the line: at most one bare word, the model; the others are KEY=VALUE."""
     from thriftune.recipe import read_recipe
 
-    overrides = [word for word in words or [] if "=" in word and not Path(word).exists()]
+    overrides = [word for word in words or [] if "=" in word and not _exists(word)]
     bare = [word for word in words or [] if word not in overrides]
     if len(bare) > 1:
         raise InputError(
@@ -238,6 +238,13 @@ def _recipe(words: list[str] | None, config: Path | None, options: dict[str, Any
             do="write options as key=value, without spaces around =",
         )
     return read_recipe(config, overrides, {"model": bare[0] if bare else None, **options})
+
+
+def _exists(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except OSError:  # too long to be a file's name
+        return False
 
 
 def main() -> None:

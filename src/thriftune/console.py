@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from thriftune.records import DataAudit, StepMetrics
-from thriftune.units import format_bytes, format_count, format_seconds, format_share
+from thriftune.records import StepMetrics
+from thriftune.units import format_bytes, format_count, format_seconds
 
 MARKS = {"ok": ("ok  ", "green"), "note": ("note", "cyan"), "warn": ("WARN", "bold yellow")}
 
 
 class ProgressLine:
-    """Step, loss, tokens/s, memory now and peak, power, time left. Live on a terminal, every `every` steps elsewhere."""
+    """Step, loss, tokens/s, memory now and peak, power, time left. Live on a terminal; every `every` steps a line."""
 
     def __init__(self, console: Console, every: int) -> None:
         self._console = console
@@ -30,8 +30,9 @@ class ProgressLine:
         self._first_step, self._num_steps = first_step, num_steps
         self._started = time.perf_counter()
         if self._console.is_terminal:
-            self._live = Live(Text(f"step {first_step}/{num_steps}"), console=self._console, transient=True,
-                              refresh_per_second=8)
+            self._live = Live(
+                Text(f"step {first_step}/{num_steps}"), console=self._console, transient=True, refresh_per_second=8
+            )
             self._live.start()
 
     def step(self, metrics: StepMetrics) -> None:
@@ -72,9 +73,7 @@ class ProgressLine:
             self._live = None
 
 
-def print_audit(
-    console: Console, lines: Sequence[tuple[str, str]], example: Sequence[tuple[str, bool]] | None
-) -> None:
+def print_audit(console: Console, lines: Sequence[tuple[str, str]], example: Sequence[tuple[str, bool]] | None) -> None:
     """The audit's verdicts, then one decoded row with its trained part coloured (or between >>> <<< without colour)."""
     for verdict, text in lines:
         mark, style = MARKS[verdict]
@@ -90,11 +89,3 @@ def print_audit(
             shown.append(f">>>{piece}<<<" if trained else piece)
     console.print(shown, soft_wrap=True)
     console.print(Text("      (trained: " + ("green)" if coloured else ">>> <<<)"), style="dim"))
-
-
-def audit_summary(audit: DataAudit) -> str:
-    """The audit in one line, for records and dry runs."""
-    return (
-        f"{audit.rows_used:,} rows, {format_count(audit.tokens)} tokens, "
-        f"{format_share(audit.trained_tokens, audit.tokens)} trained"
-    )

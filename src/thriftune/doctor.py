@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -54,7 +53,9 @@ def _gpus() -> list[Finding]:
 
     if not torch.cuda.is_available():
         built = "has CUDA, but the driver shows no GPU" if torch.version.cuda else "is a build without CUDA"
-        return [Finding(verdict="note", subject="GPU", text=f"none: torch {torch.__version__} {built}; runs use the CPU")]
+        return [
+            Finding(verdict="note", subject="GPU", text=f"none: torch {torch.__version__} {built}; runs use the CPU")
+        ]
     findings = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -67,7 +68,9 @@ def _gpus() -> list[Finding]:
         findings.append(Finding(verdict="note" if in_use else "ok", subject=f"GPU {index}", text=text))
         if properties.major < 8:
             findings.append(
-                Finding(verdict="warn", subject=f"GPU {index}", text="no fast bfloat16 before compute 8.0: expect it slow")
+                Finding(
+                    verdict="warn", subject=f"GPU {index}", text="no fast bfloat16 before compute 8.0: expect it slow"
+                )
             )
     try:
         import pynvml
@@ -93,7 +96,9 @@ def _four_bit() -> list[Finding]:
     except (ImportError, RuntimeError, OSError, AttributeError) as problem:
         return [Finding(verdict="warn", subject="NF4", text=f"bitsandbytes does not work here: {problem}")]
     verdict: Literal["ok", "warn"] = "ok" if error < 0.12 else "warn"
-    return [Finding(verdict=verdict, subject="NF4", text=f"works on {device}; a random matrix comes back {error:.1%} off")]
+    return [
+        Finding(verdict=verdict, subject="NF4", text=f"works on {device}; a random matrix comes back {error:.1%} off")
+    ]
 
 
 def _disk() -> list[Finding]:
@@ -112,6 +117,8 @@ def _disk() -> list[Finding]:
 def _limits() -> list[Finding]:
     if sys.platform == "win32":
         return []
+    import resource  # not on Windows
+
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return [Finding(verdict="ok", subject="pinned memory", text="no limit (ulimit -l)")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,18 @@ import torch
 
 from thriftune.data import encode_prompt
 from thriftune.errors import InputError
-from thriftune.infer.merge import compare, merge_adapter, probe_logits, refuse_a_lost_tune, write_merged
-from thriftune.models import load_model
-from thriftune.recipe import ModelRecipe
+from thriftune.infer.merge import (
+    compare,
+    folder_written_whole,
+    merge_adapter,
+    probe_logits,
+    refuse_a_lost_tune,
+    refuse_taken,
+    write_model,
+)
+from thriftune.models import LoadedModel, load_model
+from thriftune.models.surgery import dequantise
+from thriftune.recipe import DataRecipe, ModelRecipe
 from thriftune.target import attach_adapter, find_target, load_base
 
 PROBES = (
@@ -24,31 +32,50 @@ PROBES = (
 )
 
 
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
 def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:
     """Merge a run's adapter into its base and write a whole model to `output`. Returns what to print.
 
-    Raises InputError when the target has no adapter, ModelError when the written model is not the tuned one.
+    Raises InputError when the target has no adapter, OutputError when `output` is taken, ModelError when the written
+    model is not the tuned one. After an error there is no `output`.
     """
     target = find_target(name)
     if target.adapter is None:
-        raise InputError(given=f"{name} has no adapter to merge", allowed="a lora or qlora run, or an adapter's folder",
-                         do="use it as it is: it is a whole model already")
+        raise InputError(
+            given=f"{name} has no adapter to merge",
+            allowed="a lora or qlora run, or an adapter's folder",
+            do="use it as it is: it is a whole model already",
+        )
+    refuse_taken(output)
     loaded = load_base(target, device)
-    data = target.recipe.data
-    probes = [encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, data) for text in PROBES]
+    dtype = STORED_DTYPES.get(loaded.description.stored_dtype or "", torch.bfloat16)
+    probes = _probes(loaded, target.recipe.data)
     base_NV = probe_logits(loaded.model, probes)
     adapted = attach_adapter(loaded.model, target.adapter)
     adapter_NV = probe_logits(adapted, probes)
     if target.four_bit:
-        plain = adapted.unload()
-        adapted = attach_adapter(plain.dequantize(), target.adapter)
-    dtype = loaded.base_dtype if loaded.base_dtype == torch.float32 and not target.four_bit else torch.bfloat16
-    stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    dtype = stored.get(loaded.description.stored_dtype or "", dtype)
-    write_merged(merge_adapter(adapted), loaded.tokenizer, output, dtype)
-    del adapted
-    again = load_model(ModelRecipe(name=str(output)), device=device, dtype=loaded.base_dtype, quant=None)
-    check = compare(adapter_NV, base_NV, probe_logits(again.model, probes))
-    refuse_a_lost_tune(check, lambda: shutil.rmtree(output))
-    return {"merged": str(output), "base": target.base.name, "adapter": str(target.adapter),
-            "dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(check)}
+        plain: Any = adapted.unload()  # type: ignore[operator]
+        adapted = attach_adapter(dequantise(plain), target.adapter)
+    with folder_written_whole(output) as folder:
+        write_model(merge_adapter(adapted), loaded.tokenizer, folder, dtype)
+        base_dtype = loaded.base_dtype
+        del adapted, loaded  # two models at a time would not fit where one just does
+        again = load_model(ModelRecipe(name=str(folder)), device=device, dtype=base_dtype, quant=None)
+        check = compare(adapter_NV, base_NV, probe_logits(again.model, probes))
+        refuse_a_lost_tune(check)
+    return {
+        "merged": str(output),
+        "base": target.base.name,
+        "adapter": str(target.adapter),
+        "dtype": str(dtype).removeprefix("torch."),
+        **dataclasses.asdict(check),
+    }
+
+
+def _probes(loaded: LoadedModel, data: DataRecipe) -> list[list[int]]:
+    positions = loaded.description.max_positions
+    if positions is not None:
+        data = data.model_copy(update={"max_length": min(data.max_length, positions)})
+    return [encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, data) for text in PROBES]

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from thriftune.data import PreparedData, prepare
-from thriftune.errors import InputError, OutputError, StoppedBySignal, ThriftuneError
+from thriftune.errors import DiskFullError, InputError, OutputError, StoppedBySignal, ThriftuneError
 from thriftune.methods import METHODS, Method, choose_method, needs_checkpointing, trainable_parameters
 from thriftune.models import LoadedModel, describe_model, load_model, load_tokenizer
 from thriftune.models.load import ModelDescription, choose_dtype
@@ -31,9 +31,10 @@ from thriftune.models.surgery import count_parameters, enable_checkpointing
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import RunRecord, write_record, write_text_atomically
 from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
-from thriftune.train.checkpoint import newest_checkpoint
+from thriftune.train.checkpoint import is_disk_full, last_good, newest_checkpoint
 from thriftune.train.distributed import Processes
 from thriftune.train.observe import MetricsFile
+from thriftune.train.trackers import Trackers, start_processes
 
 GENERIC_PATH_REASON = "transformers' model with autograd: the engine has not landed yet"
 VERSIONED = ("thriftune", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors")
@@ -95,11 +96,29 @@ def prepare_run(recipe: Recipe) -> Prepared:
 def run(
     prepared: Prepared, *, observers: Sequence[Observer], command: str, resume_command: str
 ) -> RunRecord:
-    """Train as prepared and leave a run's folder behind: checkpoints, result, recipe, metrics, record."""
+    """Train as prepared and leave a run's folder behind: checkpoints, result, recipe, metrics, record.
+
+    What fails before the first step (a model or options that cannot be used) leaves no folder.
+    """
+    output = Path(prepared.recipe.output or "")
+    had_recipe = (output / "recipe.yaml").exists()
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        return _run(prepared, observers, command, resume_command)
+    except BaseException:
+        untouched = output.is_dir() and [path.name for path in output.iterdir()] == ["recipe.yaml"]
+        if untouched and not had_recipe and os.environ.get("RANK", "0") == "0":
+            (output / "recipe.yaml").unlink()
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume_command: str) -> RunRecord:
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     recipe, device = prepared.recipe, prepared.device
     output = Path(recipe.output or "")
-    accelerator, processes = _processes(recipe, output, device)
+    accelerator, processes = start_processes(recipe, output, device)
     if processes.is_main:
         _claim(output, recipe)
     processes.barrier()
@@ -110,18 +129,21 @@ def run(
     total_parameters = count_parameters(loaded.model)
     model = method.attach(loaded, recipe)
     job = _job(prepared, method, loaded, model, processes, output, resume_command)
-    trackers: list[Observer] = [_Trackers(accelerator)] if recipe.report_to else []
+    trackers: list[Observer] = [Trackers(accelerator, recipe)] if recipe.report_to else []
     watching = Observers([*observers, MetricsFile(output / "metrics.jsonl"), *trackers] if processes.is_main else [])
 
     def record(status: Any, outcome: TrainOutcome | None, adapter: Path | None) -> RunRecord:
+        last = watching.last  # all there is to tell of a run that did not get to its end
         return RunRecord(
             status=status, method=recipe.method, path="generic", path_reason=GENERIC_PATH_REASON,
             model=recipe.model.name, trainable_parameters=trainable_parameters(model) or trainable,
-            total_parameters=total_parameters, steps=outcome.steps if outcome else 0,
-            epochs=outcome.epochs if outcome else 0.0, loss=outcome.loss if outcome else None,
+            total_parameters=total_parameters, steps=outcome.steps if outcome else last.step if last else 0,
+            epochs=outcome.epochs if outcome else last.epoch if last else 0.0, loss=outcome.loss if outcome else None,
             eval_loss=outcome.eval_loss if outcome else None, best_step=outcome.best_step if outcome else None,
-            tokens=outcome.tokens if outcome else 0, tokens_per_s=outcome.tokens_per_s if outcome else 0.0,
-            peak_bytes=outcome.peak_bytes if outcome else 0, energy_j=outcome.energy_j if outcome else None,
+            tokens=outcome.tokens if outcome else last.tokens_seen if last else 0,
+            tokens_per_s=outcome.tokens_per_s if outcome else 0.0,
+            peak_bytes=outcome.peak_bytes if outcome else last.peak_bytes if last else 0,
+            energy_j=outcome.energy_j if outcome else last.energy_j if last else None,
             wall_s=time.perf_counter() - clock, train_s=outcome.train_s if outcome else 0.0, load_s=loaded.load_s,
             adapter=str(adapter) if adapter else None, events=watching.events, data=prepared.data.audit,
             recipe=recipe, hardware=hardware(device), versions=versions(), command=command, started=started,
@@ -133,9 +155,11 @@ def run(
             outcome = train(job, watching, stop)
     except ThriftuneError as error:
         watching.events.append(error.given)
-        if processes.is_main:
+        # Refused before the first step (another run's checkpoint, an optimizer for GPUs): the folder stays as it was.
+        if processes.is_main and watching.started:
             status = "interrupted" if isinstance(error, StoppedBySignal) else "failed"
-            write_record(output / "record.json", record(status, None, None))
+            with suppress(ThriftuneError):  # a full disk refuses this too, and the first error tells more
+                _leave_behind(output, record(status, None, None))
         raise
     result = output / method.result_folder
     if processes.is_main:
@@ -143,7 +167,7 @@ def run(
     processes.barrier()
     finished = record("done", outcome, result)
     if processes.is_main:
-        write_record(output / "record.json", finished)
+        _leave_behind(output, finished)
     return finished
 
 
@@ -226,61 +250,6 @@ def _lora_types(job: TrainJob) -> AbstractContextManager[Any]:
     return casting
 
 
-def _processes(recipe: Recipe, output: Path, device: torch.device) -> tuple[Any, Processes]:
-    """accelerate sets up the processes (torchrun or accelerate launch) and the trackers."""
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no", log_with=list(recipe.report_to) or None,
-            project_dir=str(output),
-        )
-        if recipe.report_to:
-            output.mkdir(parents=True, exist_ok=True)
-            accelerator.init_trackers("thriftune", config=_flat(recipe.dump()))
-    except (ImportError, ValueError) as error:
-        raise InputError(
-            given=f"report_to={','.join(recipe.report_to)}: {error}",
-            allowed="tensorboard, wandb, mlflow and trackio, each with its package installed",
-            do="pip install the tracker's package, or drop report_to",
-        ) from None
-    return accelerator, Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
-
-
-class _Trackers:
-    """The run's numbers handed to accelerate's trackers."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-
-    def start(self, first_step: int, num_steps: int) -> None:
-        pass
-
-    def step(self, metrics: Any) -> None:
-        names = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "tokens_seen", "epoch", "peak_bytes", "eval_loss")
-        values = {f"train/{name}": getattr(metrics, name) for name in names if getattr(metrics, name) is not None}
-        self._accelerator.log(values, step=metrics.step)
-
-    def event(self, text: str) -> None:
-        pass
-
-    def saved(self, folder: Path) -> None:
-        pass
-
-    def end(self) -> None:
-        self._accelerator.end_training()
-
-
 def _output_folder(recipe: Recipe, method: str) -> str:
     """The folder asked for, or runs/<model>-<data>-<method>, numbered when that run exists and is not to be resumed."""
     if recipe.output:
@@ -296,7 +265,8 @@ def _output_folder(recipe: Recipe, method: str) -> str:
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
-    """Make the run's folder and store the resolved recipe. Refuses a folder that already holds a run."""
+    """Make the run's folder and store the resolved recipe. Refuses a folder that holds a run, unless to go on with it;
+    then its recipe is replaced at the end, when the checkpoint has proved to be of the same run."""
     resuming = recipe.train.resume_from_checkpoint is not None
     holds_run = (output / "record.json").exists() or newest_checkpoint(output) is not None
     if holds_run and not resuming:
@@ -306,12 +276,18 @@ def _claim(output: Path, recipe: Recipe) -> None:
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(output / "recipe.yaml", dump_yaml(recipe))
+        if not holds_run:
+            write_text_atomically(output / "recipe.yaml", dump_yaml(recipe))
     except OSError as error:
         raise OutputError(
             given=f"{output} cannot be written to: {error.strerror or error}", allowed="a folder you may write to",
             do="name another --output",
         ) from None
+
+
+def _leave_behind(output: Path, record: RunRecord) -> None:
+    write_text_atomically(output / "recipe.yaml", dump_yaml(record.recipe))
+    write_record(output / "record.json", record)
 
 
 def _export(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
@@ -328,12 +304,16 @@ def _export(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, res
             part.chmod(0o666 & ~umask)
         shutil.rmtree(result, ignore_errors=True)
         aside.rename(result)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise OutputError(
-            given=f"the result cannot be written to {result}: {error.strerror or error}", allowed="a disk with room",
-            do="free some space and run again with resume_from_checkpoint=auto",
-        ) from None
+        given = f"the result cannot be written to {result}: {getattr(error, 'strerror', None) or error}"
+        if is_disk_full(error):
+            do = f"free some and run again with resume_from_checkpoint=auto; {last_good(result.parent)}"
+            raise DiskFullError(given=given, allowed="a disk with room", do=do) from None
+        if isinstance(error, OSError):
+            do = f"mend that and run again with resume_from_checkpoint=auto; {last_good(result.parent)}"
+            raise OutputError(given=given, allowed="a folder you may write to", do=do) from None
+        raise
 
 
 def _card(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -40,7 +40,7 @@ def evaluate_target(
     """Score a target; the result and every answer are kept in the run's folder, or under evals/ for a bare model."""
     target, recipe = _target(name, words)
     data = task_data(recipe.data, task, data_path)
-    folder = Path(name) if (Path(name) / "recipe.yaml").is_file() else Path("evals")
+    folder = Path(name) if target.is_run and (Path(name) / "recipe.yaml").is_file() else Path("evals")
     stem = f"eval-{task}" if folder == Path(name) else f"{_slug(name)}-{task}"
     if limit is not None:
         stem += f"-{limit}"
@@ -83,10 +83,8 @@ def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, ou
     target, recipe = _target(name, words)
     opened = open_target(target, choose_device())
     count = 0
-    # A file's rows say themselves what they are; only how a prompt is rendered is the run's.
-    data = recipe.data if target.is_run and recipe.data.columns else recipe.data.model_copy(
-        update={"name": str(input_file), "columns": recipe.data.columns}
-    )
+    # A run asks as it was trained, reviews with their question; a bare model is asked what the rows say.
+    data = recipe.data if target.is_run else recipe.data.model_copy(update={"name": str(input_file)})
     answered = predict_rows(
         opened.model, opened.tokenizer, rows, data, recipe.generation, seed=recipe.seed,
         on_progress=progress_lines("predict"),
@@ -158,7 +156,8 @@ def _whole_file(output: Path | None) -> Iterator[TextIO]:
             do="name another --output",
         ) from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent that is a file
+            aside.unlink(missing_ok=True)
 
 
 def _slug(name: str) -> str:

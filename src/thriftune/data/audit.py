@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -196,7 +197,7 @@ def example_segments(example: Example, tokenizer: Any, longest: int) -> list[tup
     """
     borders = [0, *(np.flatnonzero(np.diff(example.trained)) + 1).tolist(), len(example)]
     pieces = []
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         trained = bool(example.trained[start])
         text = str(tokenizer.decode(example.tokens[start:end].tolist(), skip_special_tokens=False))
         if not trained and len(text) > longest:

@@ -96,15 +96,20 @@ class Batch:
     """Rows padded on the right. `labels_BT` is not shifted: labels_BT[b, t] is tokens_BT[b, t] where that token is
     trained, else -100. `mask_BT` is 1 on tokens and 0 on padding. All int64."""
 
-    tokens_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    mask_BT: torch.Tensor
+    tokens_BT: torch.Tensor  # noqa: N815
+    labels_BT: torch.Tensor  # noqa: N815
+    mask_BT: torch.Tensor  # noqa: N815
     num_tokens: int
     num_targets: int
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = (part.to(device, non_blocking=True) for part in (self.tokens_BT, self.labels_BT, self.mask_BT))
-        return Batch(*moved, num_tokens=self.num_tokens, num_targets=self.num_targets)
+        return Batch(
+            self.tokens_BT.to(device, non_blocking=True),
+            self.labels_BT.to(device, non_blocking=True),
+            self.mask_BT.to(device, non_blocking=True),
+            self.num_tokens,
+            self.num_targets,
+        )
 
 
 def micro_batches(examples: Sequence[Example], rows_at_once: int) -> list[Batch]:

@@ -162,7 +162,8 @@ def _sum_rows(split: str, draw: random.Random) -> Iterator[Row]:
         words |= {"gains": draw.choice(GAINS), "loses": draw.choice(LOSSES)}
         values = {"a": draw.randint(5, 20), "m": draw.randint(2, 9), "n": draw.randint(2, 9)}
         lines = []
-        for lead, (left, sign, right) in story.steps:
+        for lead, operation in story.steps:
+            left, sign, right = tuple(operation)
             if right not in values:  # at least 2 are left of what is there
                 values[right] = draw.randint(2, values[left] - 2 if sign == "-" else 20)
             x, y = values[left], values[right]
@@ -244,7 +245,7 @@ OPENINGS = {
         "A word about the {title}, a {noun} from our town.",
     ),
 }
-BODIES = {
+BODIES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "plain": (
             "{Aspect}, and {second}.",
@@ -276,7 +277,7 @@ BODIES = {
         ),
     },
 }
-VERDICTS = {
+VERDICTS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "plain": (
             "All in all it was a {word} {noun}.",
@@ -308,8 +309,10 @@ CLOSINGS = {
     "train": ("That is all I have to say.", "It took us about two hours.", "{name} thinks the same.", "", ""),
     "test": ("I am writing this on the same evening.", "So says {name} as well.", ""),
 }
-BODY_KINDS = ("plain", "mixed", "mixed", "against")
-VERDICT_KINDS = ("plain", "plain", "negated")
+# How often each kind is drawn. Rows against the grain (a verdict opposed to all that was said before, a negated verdict)
+# are the hard ones: tuning the pocket model for a minute gets most of the others right and about half of these.
+BODY_KINDS = ("plain",) * 3 + ("mixed",) * 4 + ("against",)
+VERDICT_KINDS = ("plain",) * 11 + ("negated",)
 FEWEST_WORDS, MOST_WORDS = 25, 50
 
 

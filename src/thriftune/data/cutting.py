@@ -1,14 +1,14 @@
 """Too long rows: the longest message that is not an answer is shortened until the row fits, the template stays whole.
 
-Shortening by tokens needs the token borders only near the cut, so never more than a window of the text is encoded: a
-row of ten megabytes costs what its last pages cost.
+A text that is plainly much too long is reduced to a window first, so that a row of ten megabytes costs what its last
+pages cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from thriftune.data.formats import Conversation, Message
 from thriftune.data.rendering import Segment
@@ -17,8 +17,8 @@ from thriftune.recipe import DataRecipe
 if TYPE_CHECKING:
     from thriftune.data.encoding import Encoder
 
-# A window has this many characters for every token wanted (English has 4 to 5 a token); it doubles when that is short.
-CHARACTERS_A_TOKEN = 6
+# A window has this many characters for every token wanted; English has 4 to 5 a token.
+CHARACTERS_A_TOKEN = 5
 
 Segmenter = Callable[[Conversation, "Encoder"], list[Segment]]
 
@@ -35,7 +35,7 @@ def to_window(text: str, length: int, which: str) -> str:
     return text[:head] + text[len(text) - (length - head) :]
 
 
-def fits_surely_not(conversation: Conversation, data: DataRecipe) -> Conversation:
+def windowed(conversation: Conversation, data: DataRecipe) -> Conversation:
     """The conversation with its longest prompt message reduced to a window when it looks much too long.
 
     A guess that saves encoding the whole: when the window turns out to fit, it was too small and the caller has to take
@@ -49,38 +49,31 @@ def fits_surely_not(conversation: Conversation, data: DataRecipe) -> Conversatio
 
 
 def shorten_prompts(
-    conversation: Conversation, encoder: Encoder, data: DataRecipe, segments_of: Segmenter
+    conversation: Conversation, parts: list[list[int]], encoder: Encoder, data: DataRecipe, segments_of: Segmenter
 ) -> tuple[list[Segment], list[list[int]]]:
-    """Segments and ids of a conversation that is too long, its prompts cut to fit `data.max_length` tokens.
+    """Segments and ids of a conversation that is too long (`parts`: its ids now), cut to `data.max_length` tokens.
 
     The longest message goes first, then the next, each down to nothing; what is still too long then is the answers' and
     the template's own. Raises Malformed when the template refuses the shorter messages.
     """
     done: set[int] = set()
-    while True:
-        index = _longest(conversation.messages, done)
-        if index is None:
-            segments = segments_of(conversation, encoder)
-            return segments, encoder.encode([segments])[0]
+    segments = None
+    excess = _excess(parts, data)
+    while excess > 0 and (index := _longest(conversation.messages, done)) is not None:
         done.add(index)
-        content = conversation.messages[index]["content"]
-        conversation = _with_content(conversation, index, "")
-        segments = segments_of(conversation, encoder)
-        parts = encoder.encode([segments])[0]
-        kept = data.max_length - sum(map(len, parts))
-        if kept <= 0:
-            continue  # without this message it is still too long (or just full): the next one goes too
-        borders = _Borders(content, kept, encoder, data.cut_prompt)
-        while kept > 0:
-            shorter = _with_content(conversation, index, borders.shortened(kept))
-            segments = segments_of(shorter, encoder)
+        content = _Content(conversation.messages[index]["content"], encoder, data.cut_prompt)
+        kept = len(content.ids)
+        while excess > 0 and kept > 0:
+            kept = max(kept - excess, 0)
+            conversation = _with_content(conversation, index, content.shortened(kept))
+            segments = segments_of(conversation, encoder)
             parts = encoder.encode([segments])[0]
-            excess = sum(map(len, parts)) - data.max_length
-            if excess <= 0:
-                break
-            kept -= excess
-        if kept > 0:
-            return segments, parts
+            excess = _excess(parts, data)
+    return segments or segments_of(conversation, encoder), parts
+
+
+def _excess(parts: Sequence[Sequence[int]], data: DataRecipe) -> int:
+    return sum(map(len, parts)) - data.max_length
 
 
 def _longest(messages: Sequence[Message], done: set[int]) -> int | None:
@@ -95,36 +88,28 @@ def _with_content(conversation: Conversation, index: int, content: str) -> Conve
     return replace(conversation, messages=tuple(messages))
 
 
-class _Borders:
-    """A text's token borders around a cut that leaves at most `most` tokens."""
+class _Content:
+    """A message's text with its token borders."""
 
-    def __init__(self, text: str, most: int, encoder: Encoder, which: str) -> None:
+    def __init__(self, text: str, encoder: Encoder, which: str) -> None:
+        self.text = text
         self.which = which
         self.tokenizer = encoder.tokenizer
-        length = CHARACTERS_A_TOKEN * most
-        while True:
-            self.text = to_window(text, length, which)
-            encoded = self._encode(self.text)
-            self.ids: list[int] = encoded["input_ids"]
-            if len(self.ids) > most or length >= len(text):
-                break
-            length *= 2
-        self.offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
-
-    def _encode(self, text: str) -> Any:
-        return self.tokenizer(
+        encoded = self.tokenizer(
             text,
             add_special_tokens=False,
             return_attention_mask=False,
             return_offsets_mapping=self.tokenizer.is_fast,
             verbose=False,
         )
+        self.ids: list[int] = encoded["input_ids"]
+        self.offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
 
     def shortened(self, kept: int) -> str:
-        """The text with at most `kept` of its tokens left."""
+        """The text with `kept` of its tokens left."""
+        if kept <= 0:
+            return ""
         gone = len(self.ids) - kept
-        if gone <= 0:
-            return self.text
         first = {"start": 0, "middle": (kept + 1) // 2, "end": kept}[self.which]
         if self.offsets is None:
             return str(self.tokenizer.decode(self.ids[:first] + self.ids[first + gone :]))

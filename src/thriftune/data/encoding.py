@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from thriftune.data.formats import Conversation, Malformed, Message, conversations, refuse_rows
+from thriftune.data.cutting import shorten_prompts, windowed
+from thriftune.data.formats import Conversation, Malformed, Message, Shape, conversations, refuse_rows
 from thriftune.data.rendering import Renderer, Segment, renderer_for, special_texts, strip_end
 from thriftune.data.sources import Rows
 from thriftune.errors import DataError
@@ -56,7 +57,7 @@ class Encoded:
     rows_read: int
     dropped: dict[str, int]
     rows_without_trained_token: int
-    shape: str
+    shape: Shape
     rendering: str
     unused_columns: tuple[str, ...]
 
@@ -187,12 +188,10 @@ def _encode_chunk(
     chunk: Sequence[Conversation], indices: Sequence[int], encoder: Encoder, data: DataRecipe
 ) -> tuple[list[Example], list[tuple[int, str]]]:
     """Examples of the rows, and the rows (index, reason) that the template refuses."""
-    from thriftune.data.cutting import fits_surely_not, shorten_prompts
-
     wrong: list[tuple[int, str]] = []
     rendered: list[tuple[int, Conversation, Conversation, list[Segment]]] = []
     for index, conversation in zip(indices, chunk, strict=True):
-        window = fits_surely_not(conversation, data)
+        window = windowed(conversation, data)
         try:
             rendered.append((index, conversation, window, _segments(window, encoder)))
         except Malformed as problem:
@@ -200,12 +199,16 @@ def _encode_chunk(
     examples = []
     all_parts = encoder.encode([segments for *_, segments in rendered])
     for (index, conversation, window, segments), parts in zip(rendered, all_parts, strict=True):
-        if window is not conversation and _length(parts) <= data.max_length:
-            window, segments = conversation, _segments(conversation, encoder)
-            parts = encoder.encode([segments])[0]
-        too_long = _length(parts) > data.max_length and conversation.text is None
-        if too_long:
-            segments, parts = shorten_prompts(window, encoder, data, _segments)
+        try:
+            if window is not conversation and _length(parts) <= data.max_length:
+                window, segments = conversation, _segments(conversation, encoder)
+                parts = encoder.encode([segments])[0]
+            too_long = _length(parts) > data.max_length and conversation.text is None
+            if too_long:
+                segments, parts = shorten_prompts(window, parts, encoder, data, _segments)
+        except Malformed as problem:
+            wrong.append((index, str(problem)))
+            continue
         examples.append(_example(segments, parts, index, too_long, data))
     return examples, wrong
 
@@ -217,7 +220,7 @@ def _length(parts: Sequence[Sequence[int]]) -> int:
 def _example(
     segments: Sequence[Segment], parts: Sequence[list[int]], row: int, prompt_cut: bool, data: DataRecipe
 ) -> Example:
-    """Tokens and mask of a row; what exceeds max_length is cut from its end. A tail that teaches nothing is left out."""
+    """Tokens and mask of a row; what exceeds max_length is cut from its end. A tail without an answer is left out."""
     if not data.train_on_prompt:
         last = max((number for number, segment in enumerate(segments) if segment.answer), default=-1)
         segments, parts = segments[: last + 1], parts[: last + 1]
@@ -237,8 +240,6 @@ def encode_prompt(
     makes a user message and plain rendering leaves as it is. A Conversation stands for its own prompt. Too long prompts
     are cut as in training, to leave `reserve` tokens for the answer. Raises DataError.
     """
-    from thriftune.data.cutting import fits_surely_not, shorten_prompts
-
     if isinstance(prompt, Conversation):
         prompt = prompt.prompt
     encoder = encoder_for(tokenizer, data)
@@ -252,14 +253,14 @@ def encode_prompt(
         return encoder.renderer.segments(conversation.messages, generation_prompt=True)
 
     conversation = Conversation(messages, False, None)
-    window = fits_surely_not(conversation, room)
+    window = windowed(conversation, room)
     try:
         parts = encoder.encode([segments_of(window, encoder)])[0]
         if window is not conversation and _length(parts) <= room.max_length:
             window = conversation
             parts = encoder.encode([segments_of(window, encoder)])[0]
         if _length(parts) > room.max_length:
-            _, parts = shorten_prompts(window, encoder, room, segments_of)
+            _, parts = shorten_prompts(window, parts, encoder, room, segments_of)
     except Malformed as problem:
         raise DataError(
             given=f"the prompt {str(prompt)[:80]!r}: {problem}",

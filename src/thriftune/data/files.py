@@ -80,16 +80,18 @@ def _unpacked(path: Path) -> bytes:
         )
 
 
-def _decoded(path: Path, content: bytes, first_row: int = 1) -> str:
+def _decoded(path: Path, content: bytes) -> str:
     """UTF-8 text, without a byte order mark. The error names the byte and the line."""
     if content.startswith(_UTF16_MARKS):
         _refuse(f"{path} row 1 begins with the mark of UTF-16", allowed="text in UTF-8", do="save the file as UTF-8")
+    mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     try:
-        return content.decode("utf-8-sig")
+        return content[mark:].decode("utf-8")
     except UnicodeDecodeError as problem:
-        row = first_row + content.count(b"\n", 0, problem.start)
+        place = mark + problem.start
+        row = 1 + content.count(b"\n", 0, place)
         _refuse(
-            f"{path} row {row}: byte {problem.start:,} (0x{content[problem.start]:02x}) is not UTF-8",
+            f"{path} row {row}: byte {place:,} (0x{content[place]:02x}) is not UTF-8",
             allowed="text in UTF-8",
             do="save the file as UTF-8 (iconv -f latin1 -t utf-8, if it is Latin-1)",
         )

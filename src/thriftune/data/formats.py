@@ -287,7 +287,7 @@ def _from_sharegpt(row: dict[str, Any]) -> Conversation:
 
 
 def _turns(turns: Any, role_key: str, content_key: str) -> Conversation:
-    """A list of turns, checked. Empty system messages say nothing and are left out."""
+    """A list of turns, checked. Left out: empty system messages, and what stands after the last answer."""
     if not isinstance(turns, list):
         raise Malformed(f"the messages are not a list but {'null' if turns is None else type(turns).__name__}")
     messages: list[Message] = []
@@ -310,6 +310,8 @@ def _turns(turns: Any, role_key: str, content_key: str) -> Conversation:
         raise Empty("no assistant message")
     if messages[0]["role"] == "assistant":
         raise Empty("the first message is the assistant's, so it answers nothing")
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
     return Conversation(tuple(messages), False, None)
 
 

@@ -39,10 +39,6 @@ class Segment:
     add_end: bool
 
 
-class RewrittenPrompt(Malformed):
-    """The template renders the messages before an answer differently once the answer is there."""
-
-
 @dataclass(frozen=True)
 class Renderer:
     """How conversations become text for one tokenizer. `template` is None for plain text."""
@@ -137,7 +133,7 @@ class Renderer:
                 continue
             before = self.render(messages[:index], generation_prompt=True)
             if not whole.startswith(before):
-                raise RewrittenPrompt(
+                raise Malformed(
                     f"the chat template's generation prompt before message {index + 1} is not what it writes when the "
                     "answer is there; mark the answers in the template with {% generation %}"
                 )

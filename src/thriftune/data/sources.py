@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from thriftune.data import files
 from thriftune.errors import DataError
@@ -31,7 +31,13 @@ class Places(Sequence[str]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Places: ...
+
+    def __getitem__(self, index: int | slice) -> str | Places:
         if isinstance(index, slice):
             return Places(self.source, self.numbers[index])
         return f"{self.source} row {self.numbers[index]}"
@@ -216,7 +222,7 @@ def _download(name: str, subset: str | None, split: str, offline: bool) -> list[
         return [dict(row) for row in table]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
         raise DataError(
-            given=f"the data set {name!r} (subset {subset}, split {split!r}) could not be loaded: {_first_line(problem)}",
+            given=f"the data set {name!r}, subset {subset}, split {split!r} does not load: {_first_line(problem)}",
             allowed="a data set of the hub that needs no code of its own, one of its subsets, one of its splits",
             do="check data.name, data.subset and data.split; for a private or gated set, set HF_TOKEN",
         ) from problem

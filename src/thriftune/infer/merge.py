@@ -6,17 +6,22 @@ Adding the update to NF4 weights and re-quantising erases it: updates of up to 2
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from thriftune.errors import ModelError, OutputError
+from thriftune.errors import DiskFullError, ModelError, OutputError
 
+ROUNDING = 1e-3  # a difference of the logits below this share is rounding, whatever the adapter's effect
 MOST_OF_THE_TUNE = 0.5  # a merged model further from the adapter's than this share of the adapter's effect has lost it
 
 
@@ -47,40 +52,77 @@ def merge_adapter(adapted: nn.Module) -> nn.Module:
     """Fold the adapter into its (16-bit or float32) base and return the plain model. Raises ModelError on NaN."""
     if any(hasattr(parameter, "quant_state") for parameter in adapted.parameters()):
         raise ModelError(
-            given="the base is still in 4 bits", allowed="a de-quantised base: merging into 4-bit weights loses the tune",
+            given="the base is still in 4 bits",
+            allowed="a de-quantised base: merging into 4-bit weights loses the tune",
             do="de-quantise it first",
         )
     try:
         merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # PEFT: NaN in the weights, a bias that the base has no place for
         raise ModelError(
-            given=f"the adapter cannot be merged: {str(error).splitlines()[0]}", allowed="finite adapter weights",
-            do="train again with a lower learning rate",
+            given=f"the adapter cannot be merged: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            allowed="an adapter of finite weights that adds to its base's weights",
+            do="serve the adapter unmerged",
         ) from None
     return merged
 
 
-def write_merged(model: nn.Module, tokenizer: Any, output: Path, dtype: torch.dtype) -> None:
-    """Save the plain model and its tokenizer, aside first. Raises OutputError when `output` is taken or unwritable."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def refuse_taken(output: Path) -> None:
+    """Raise OutputError unless `output` is a new or an empty folder."""
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    if taken:
         raise OutputError(given=f"{output} exists and is not empty", allowed="a new or empty folder", do="name another")
+
+
+@contextmanager
+def folder_written_whole(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into, which takes its name at the end; after any error nothing is left.
+
+    Raises OutputError when `output` is taken or cannot be written to, and DiskFullError when there is no room.
+    """
+    output = output.resolve()
+    refuse_taken(output)
     aside = output.with_name(f".{output.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        if getattr(model.config, "quantization_config", None) is not None:
-            del model.config.quantization_config
-        model.to(dtype).save_pretrained(str(aside))
-        tokenizer.save_pretrained(str(aside))
+        yield aside
+        umask = os.umask(0)
+        os.umask(umask)
+        for part in aside.iterdir():
+            part.chmod(0o666 & ~umask)
         if output.exists():
             output.rmdir()
         aside.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(output, error) from None
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise OutputError(
-            given=f"{output} cannot be written: {error.strerror or error}", allowed="a folder you may write to, with room",
-            do="name another --output",
-        ) from None
+
+
+def _unwritable(output: Path, error: Exception) -> OutputError | DiskFullError:
+    why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    given = f"{output} cannot be written: {why}"
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return DiskFullError(
+            given=given, allowed="a disk with room for the whole model", do="free some, or name another"
+        )
+    return OutputError(given=given, allowed="a folder you may write to", do="name another --output")
+
+
+def write_model(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Save a plain model of type `dtype` and its tokenizer into a folder."""
+    network: Any = model
+    if getattr(network.config, "quantization_config", None) is not None:
+        del network.config.quantization_config
+    network.to(dtype).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
 
 
 def compare(adapter_NV: Tensor, base_NV: Tensor, merged_NV: Tensor) -> MergeCheck:
@@ -95,13 +137,13 @@ def compare(adapter_NV: Tensor, base_NV: Tensor, merged_NV: Tensor) -> MergeChec
     )
 
 
-def refuse_a_lost_tune(check: MergeCheck, remove: Callable[[], None]) -> None:
-    """Raise ModelError, after removing what was written, when the merged model is not the tuned one."""
-    if check.effect > 0 and check.difference > MOST_OF_THE_TUNE * check.effect and check.difference > 1e-3:
-        remove()
+def refuse_a_lost_tune(check: MergeCheck) -> None:
+    """Raise ModelError when the merged model is not the tuned one."""
+    kept = check.difference <= max(ROUNDING, MOST_OF_THE_TUNE * check.effect)  # False when either is NaN
+    if not kept:
         raise ModelError(
-            given=f"the merged model's logits are {check.difference:.1%} away from the adapter's, whose whole effect is "
-            f"{check.effect:.1%}",
+            given=f"the merged model's logits are {check.difference:.2%} away from the adapter's, whose whole effect "
+            f"is {check.effect:.2%}",
             allowed=f"a merge that keeps the tune (difference below {MOST_OF_THE_TUNE:.0%} of the effect)",
-            do="serve the adapter unmerged, or merge in dtype=float32",
+            do="serve the adapter unmerged: rounding to the base's stored type would swallow it",
         )

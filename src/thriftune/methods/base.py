@@ -14,9 +14,16 @@ from thriftune.recipe import Recipe
 class Method(Protocol):
     """One way to adapt a model. `four_bit` says that the base is loaded quantised."""
 
-    name: str
-    four_bit: bool
-    result_folder: str  # under the run: 'adapter' or 'model'
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def four_bit(self) -> bool: ...
+
+    @property
+    def result_folder(self) -> str:
+        """The folder under the run: 'adapter' or 'model'."""
+        ...
 
     def attach(self, loaded: LoadedModel, recipe: Recipe) -> nn.Module:
         """The model to train: exactly the intended parameters require gradients, and they are float32.

@@ -14,13 +14,17 @@ from torch import nn
 
 from thriftune.errors import DoesNotFitError, ModelError
 from thriftune.models.files import ALLOWED_MODEL, find_model_folder, read_config, tensor_shapes, weight_files
-from thriftune.models.surgery import count_parameters, keep_four_bit_weights_as_they_are
+from thriftune.models.surgery import keep_four_bit_weights_as_they_are
 from thriftune.recipe import ModelRecipe, QuantRecipe
+
+# Parts of the names of matrices that stay as they are in a 4-bit model: embeddings and heads.
+NOT_QUANTISED = ("embed", "lm_head", "wte", "wpe")
+WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What is known of a model before it is loaded. 
+    """What is known of a model before it is loaded.
 
     `linear_parameters` counts what NF4 would quantise; `linear_sides` is the sum of (in + out) features over the same
     matrices, so a rank-r adapter on all of them has r * linear_sides parameters.
@@ -60,9 +64,10 @@ def choose_dtype(model: ModelRecipe, device: torch.device) -> torch.dtype:
 
 
 def describe_model(model: ModelRecipe) -> ModelDescription:
-    """Read config.json and the weights' headers: milliseconds, no tensor is loaded."""
+    """Read config.json and the weights' headers: milliseconds, no tensor is loaded. Raises ModelError."""
     folder = find_model_folder(model)
     config = read_config(folder)
+    _refuse_quantised(config, folder)
     total = linear = sides = 0
     dtypes: dict[str, int] = {}
     for path in weight_files(folder):
@@ -72,12 +77,18 @@ def describe_model(model: ModelRecipe) -> ModelDescription:
                 count *= size
             total += count
             dtypes[dtype] = dtypes.get(dtype, 0) + count
-            if len(shape) == 2 and "embed" not in name and "lm_head" not in name:
+            if dtype in WHOLE_NUMBERS and name.endswith(".weight"):
+                raise ModelError(
+                    given=f"{name} in {path} is stored as {dtype}, in whole numbers",
+                    allowed="weights in bfloat16, float16 or float32",
+                    do="download the model again, or name its unquantised version",
+                )
+            if len(shape) == 2 and not any(part in name for part in NOT_QUANTISED):
                 linear += count
                 sides += sum(shape)
     inner = config.get("text_config")
-    shape = inner if isinstance(inner, dict) else config
-    hidden_size = _whole(shape, "hidden_size", "n_embd", "d_model")
+    sizes = inner if isinstance(inner, dict) else config
+    hidden_size = _whole(sizes, "hidden_size", "n_embd", "d_model")
     return ModelDescription(
         folder=folder,
         model_type=str(config["model_type"]),
@@ -85,10 +96,10 @@ def describe_model(model: ModelRecipe) -> ModelDescription:
         linear_parameters=linear,
         linear_sides=sides,
         hidden_size=hidden_size,
-        intermediate_size=_whole(shape, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size,
-        num_layers=_whole(shape, "num_hidden_layers", "n_layer", "num_layers"),
-        vocab_size=_whole(shape, "vocab_size"),
-        max_positions=_whole(shape, "max_position_embeddings", "n_positions") or None,
+        intermediate_size=_whole(sizes, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size,
+        num_layers=_whole(sizes, "num_hidden_layers", "n_layer", "num_layers"),
+        vocab_size=_whole(sizes, "vocab_size"),
+        max_positions=_whole(sizes, "max_position_embeddings", "n_positions") or None,
         stored_dtype=max(dtypes, key=lambda dtype: dtypes[dtype]) if dtypes else None,
     )
 
@@ -98,10 +109,24 @@ def _whole(config: dict[str, Any], *names: str) -> int:
     return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
 
 
+def _refuse_quantised(config: dict[str, Any], folder: Path) -> None:
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        how = part.get("quantization_config")
+        if how:
+            kind = how.get("quant_method", "an unknown way") if isinstance(how, dict) else how
+            raise ModelError(
+                given=f"the weights in {folder} are quantised already ({kind})",
+                allowed="weights in bfloat16, float16 or float32; method qlora quantises them on the way in",
+                do="name the unquantised model",
+            )
+
+
 def load_tokenizer(model: ModelRecipe, folder: Path) -> Any:
     """The model's own tokenizer, offline, from its folder. Raises ModelError when there is none or it is damaged."""
     from transformers import AutoTokenizer
 
+    _check_config(model, folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -112,7 +137,26 @@ def load_tokenizer(model: ModelRecipe, folder: Path) -> Any:
         ) from None
 
 
-def load_model(model: ModelRecipe, *, device: torch.device, dtype: torch.dtype, quant: QuantRecipe | None) -> LoadedModel:
+def _check_config(model: ModelRecipe, folder: Path) -> None:
+    """Raise ModelError when transformers makes no configuration of config.json."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+    except Exception as error:  # a wrong value raises whatever its model's configuration stumbles over
+        ships_code = "custom code" in str(error)
+        raise ModelError(
+            given=f"{folder / 'config.json'} describes no model that can be built: {_first_line(error)}",
+            allowed="a config.json of a kind of model that transformers knows",
+            do="the repository ships code of its own: set trust_remote_code=true if you have read it and trust it"
+            if ships_code
+            else "download the model again, or update transformers if its kind is newer",
+        ) from None
+
+
+def load_model(
+    model: ModelRecipe, *, device: torch.device, dtype: torch.dtype, quant: QuantRecipe | None
+) -> LoadedModel:
     """Load a causal language model, its linears quantised to 4 bits on the way when `quant` is given.
 
     Raises ModelError for anything wrong with the files (missing, pickle, damaged, weights that the architecture needs
@@ -122,16 +166,7 @@ def load_model(model: ModelRecipe, *, device: torch.device, dtype: torch.dtype, 
     description = describe_model(model)
     tokenizer = load_tokenizer(model, description.folder)
     network, loading_info = _from_pretrained(model, description, device, dtype, quant)
-    missing = sorted(loading_info.get("missing_keys") or [])
-    mismatched = sorted(str(entry) for entry in loading_info.get("mismatched_keys") or [])
-    if missing or mismatched:
-        listed = ", ".join((missing + mismatched)[:5])
-        raise ModelError(
-            given=f"{description.folder} lacks {len(missing + mismatched)} tensors that a {description.model_type} "
-            f"model needs ({listed}); they would have started from random values",
-            allowed="weights that match config.json",
-            do="download the model again",
-        )
+    _refuse_unfilled(loading_info, description)
     network.requires_grad_(False)
     network.eval()
     if quant is not None:
@@ -149,7 +184,10 @@ def load_model(model: ModelRecipe, *, device: torch.device, dtype: torch.dtype, 
 
 
 def _from_pretrained(
-    model: ModelRecipe, description: ModelDescription, device: torch.device, dtype: torch.dtype,
+    model: ModelRecipe,
+    description: ModelDescription,
+    device: torch.device,
+    dtype: torch.dtype,
     quant: QuantRecipe | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -161,6 +199,7 @@ def _from_pretrained(
         "local_files_only": True,
         "use_safetensors": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported and refused by `_refuse_unfilled`, which names them
     }
     if device.type == "cuda":
         arguments["device_map"] = {"": device.index or 0}
@@ -176,13 +215,10 @@ def _from_pretrained(
             warnings.simplefilter("ignore", FutureWarning)
             network, loading_info = AutoModelForCausalLM.from_pretrained(description.folder, **arguments)
     except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(
-            given=f"{model.name} ({description.total_parameters:,} parameters) does not fit on {device}: "
-            f"{_first_line(error)}",
-            allowed="a model whose weights fit in free memory",
-            do="use method qlora, close other programs on this GPU, or take a smaller model",
-        ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _does_not_fit(model, description, device, error) from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise _does_not_fit(model, description, device, error) from None
         raise ModelError(
             given=f"{description.folder} cannot be loaded as a causal language model: {_first_line(error)}",
             allowed=ALLOWED_MODEL,
@@ -191,8 +227,38 @@ def _from_pretrained(
     return network, _as_dict(loading_info)
 
 
+def _does_not_fit(
+    model: ModelRecipe, description: ModelDescription, device: torch.device, error: BaseException
+) -> DoesNotFitError:
+    return DoesNotFitError(
+        given=f"{model.name} ({description.total_parameters:,} parameters) does not fit on {device}: "
+        f"{_first_line(error)}",
+        allowed="a model whose weights fit in free memory",
+        do="use method qlora, close other programs on this device, or take a smaller model",
+    )
+
+
 def _as_dict(loading_info: Any) -> dict[str, Any]:
     return loading_info if isinstance(loading_info, dict) else vars(loading_info)
+
+
+def _refuse_unfilled(loading_info: dict[str, Any], description: ModelDescription) -> None:
+    """Raise ModelError for tensors that the architecture has and the files do not have, or have in another shape."""
+    missing = sorted(loading_info.get("missing_keys") or [])
+    mismatched = sorted(loading_info.get("mismatched_keys") or [])
+    faults = []
+    if missing:
+        faults.append(f"lacks {len(missing)} tensors ({', '.join(missing[:5])})")
+    if mismatched:
+        listed = ", ".join(f"{name}: {list(found)}, needed {list(needed)}" for name, found, needed in mismatched[:5])
+        faults.append(f"has {len(mismatched)} tensors of another shape ({listed})")
+    if faults:
+        raise ModelError(
+            given=f"{description.folder} {' and '.join(faults)}; the {description.model_type} model of its config.json "
+            "would have started them from random values",
+            allowed="weights that match config.json",
+            do="download the model again",
+        )
 
 
 def _check_vocabulary(network: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,6 +24,31 @@ def keep_four_bit_weights_as_they_are(model: nn.Module) -> int:
     return changed
 
 
+def dequantise(model: Any) -> nn.Module:
+    """A 4-bit model's weights in its compute type, in layers of the class that the architecture has.
+
+    GPT-2's linears are of transformers' Conv1D, which holds its matrix transposed; quantised they become ordinary ones
+    and would be saved the wrong way round.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    plain: nn.Module = model.dequantize()
+    config = copy.deepcopy(model.config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.device("meta"):
+        reference = type(model)(config)
+    for name, module in reference.named_modules():
+        ours = plain.get_submodule(name)
+        if isinstance(module, Conv1D) and isinstance(ours, nn.Linear):
+            layer = Conv1D(module.nf, module.nx)
+            layer.weight = nn.Parameter(ours.weight.detach().T.contiguous(), requires_grad=False)
+            if ours.bias is not None:
+                layer.bias = nn.Parameter(ours.bias.detach(), requires_grad=False)
+            plain.set_submodule(name, layer.train(plain.training))
+    return plain
+
+
 def norms_to_float32(model: nn.Module) -> int:
     """Bring the weights of normalisation layers to float32, about 1 MB in an 8B model. Returns the layers changed.
 
@@ -30,10 +58,10 @@ def norms_to_float32(model: nn.Module) -> int:
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         is_norm = "norm" in type(module).__name__.lower()
-        if is_norm and own and all(parameter.ndim == 1 and parameter.is_floating_point() for parameter in own):
-            if own[0].dtype != torch.float32:
-                module.float()
-                changed += 1
+        vectors = all(parameter.ndim == 1 and parameter.is_floating_point() for parameter in own)
+        if is_norm and own and vectors and own[0].dtype != torch.float32:
+            module.float()
+            changed += 1
     return changed
 
 

@@ -44,15 +44,14 @@ class TrainState(BaseModel):
     energy_j: float = 0.0
     best_eval_loss: float | None = None
     best_step: int | None = None
+    last_eval_loss: float | None = None
     rows_at_once: int
     checkpointing: bool
     events: list[str] = Field(default_factory=list)
     identity: dict[str, Any]
 
 
-def write_checkpoint(
-    output: Path, state: TrainState, write_parts: Callable[[Path], None], bytes_expected: int
-) -> Path:
+def write_checkpoint(output: Path, state: TrainState, write_parts: Callable[[Path], None], bytes_expected: int) -> Path:
     """Write checkpoint-{step} and return its folder. `write_parts(folder)` writes the weights and the optimizer.
 
     Raises DiskFullError when the disk does not hold it; whatever was there before is untouched.
@@ -61,7 +60,8 @@ def write_checkpoint(
     aside = output / f".checkpoint-{state.step}.writing"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_over in output.glob(".checkpoint-*.writing"):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         free = shutil.disk_usage(output).free
         if free < bytes_expected:
             raise OSError(errno.ENOSPC, f"{format_bytes(bytes_expected)} needed, {format_bytes(free)} free")
@@ -82,20 +82,23 @@ def write_checkpoint(
         _flush(output)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if not _is_disk_full(error, output):
+        if not is_disk_full(error):
             raise
-        good = newest_checkpoint(output)
         raise DiskFullError(
-            given=f"checkpoint-{state.step} cannot be written to {output}: {_first_line(error)}",
+            given=f"checkpoint-{state.step} cannot be written to {output}: {_reason(error)}",
             allowed="a disk with room for one checkpoint more than train.save_total_limit",
-            do=f"free some space and resume; the last good checkpoint is {good or 'none: start again'}",
+            do=f"free some space and resume; {last_good(output)}",
         ) from None
     return final
 
 
-def prune_checkpoints(output: Path, limit: int, best_step: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; the newest and the best always stay."""
-    folders = _checkpoints(output)
+def prune_checkpoints(output: Path, step: int, limit: int, best_step: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; that of `step`, just written, and the best always stay.
+
+    Later ones, which a run that went back to an earlier checkpoint finds, are not counted: they may be damaged, and are
+    replaced when it gets there.
+    """
+    folders = [found for found in _checkpoints(output) if found[0] <= step]
     kept = {step for step, _ in folders[-limit:]} | ({best_step} if best_step is not None else set())
     if best_step is not None and len(kept) > limit and limit > 1:
         kept = {step for step, _ in folders[-(limit - 1) :]} | {best_step}
@@ -112,7 +115,8 @@ def verify_checkpoint(folder: Path) -> TrainState:
 
     def refuse(why: str) -> CheckpointError:
         return CheckpointError(
-            given=f"{folder}: {why}", allowed=ALLOWED,
+            given=f"{folder}: {why}",
+            allowed=ALLOWED,
             do="resume from another checkpoint (resume_from_checkpoint=auto takes the newest good one)",
         )
 
@@ -139,9 +143,7 @@ def verify_checkpoint(folder: Path) -> TrainState:
         raise refuse(f"{STATE} is of another version: {_first_line(error)}") from None
 
 
-def find_checkpoint(
-    output: Path, wanted: str, say: Callable[[str], None]
-) -> tuple[Path, TrainState] | None:
+def find_checkpoint(output: Path, wanted: str, say: Callable[[str], None]) -> tuple[Path, TrainState] | None:
     """The checkpoint to go on from. 'auto': the newest good one in `output`, damaged ones passed over aloud, or None.
 
     Any other text is a checkpoint folder, and must be good.
@@ -149,8 +151,9 @@ def find_checkpoint(
     if wanted != "auto":
         folder = Path(wanted)
         if not folder.is_dir():
-            raise CheckpointError(given=f"checkpoint {wanted} does not exist", allowed=f"auto, or {ALLOWED}",
-                                  do="correct the path")
+            raise CheckpointError(
+                given=f"checkpoint {wanted} does not exist", allowed=f"auto, or {ALLOWED}", do="correct the path"
+            )
         return folder, verify_checkpoint(folder)
     for _, folder in reversed(_checkpoints(output)):
         try:
@@ -170,7 +173,7 @@ def check_identity(folder: Path, state: TrainState, identity: dict[str, Any]) ->
     if changed:
         raise CheckpointError(
             given=f"{folder} belongs to another run: {'; '.join(changed)}",
-            allowed="the same model, data, method, seed, batch and schedule, so that a resumed run equals an uninterrupted one",
+            allowed="the same model, data, method, seed, batch and schedule: a resumed run equals an uninterrupted one",
             do="restore those settings, or train into another output folder",
         )
 
@@ -180,10 +183,17 @@ def newest_checkpoint(output: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def last_good(output: Path) -> str:
+    """For a message: which checkpoint to go on from. Every file of it is read and compared with its manifest."""
+    found = find_checkpoint(output, "auto", lambda text: None)
+    return f"the last good checkpoint is {found[0]}" if found else "there is no good checkpoint: start again"
+
+
 def _checkpoints(output: Path) -> list[tuple[int, Path]]:
     if not output.is_dir():
         return []
-    matches = [(FOLDER_NAME.fullmatch(path.name), path) for path in output.iterdir() if path.is_dir()]
+    folders = [path for path in output.iterdir() if path.is_dir() and not path.is_symlink()]
+    matches = [(FOLDER_NAME.fullmatch(path.name), path) for path in folders]
     return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
@@ -206,10 +216,16 @@ def _umask() -> int:
     return current
 
 
-def _is_disk_full(error: Exception, output: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+def is_disk_full(error: Exception) -> bool:
+    """Also where a library tells it in words only, as safetensors does."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in full:
         return True
-    return "No space left" in str(error) or "os error 28" in str(error)
+    return any(f"os error {number}" in str(error) or os.strerror(number) in str(error) for number in full)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from thriftune.data import Batch
 
@@ -20,8 +21,8 @@ ROWS_AT_ONCE = 1024  # float32 copies of the logits are made for this many posit
 class SumCrossEntropy(torch.autograd.Function):
     """sum_n [logsumexp(x_n) - x_n[target_n]] over targets that are not IGNORE; float32 inside, float64 across chunks.
 
-    The gradient, softmax(x_n) - onehot(target_n), is made in the forward pass chunk by chunk in the logits' own type,
-    so no float32 copy of all logits ever exists.
+    The gradient, softmax(x_n) - onehot(target_n), is made in the forward pass chunk by chunk and kept in the logits'
+    own type, so no float32 copy of all logits ever exists. Logits in float64 stay float64 throughout.
     """
 
     @staticmethod
@@ -31,7 +32,8 @@ class SumCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
         for start in range(0, logits_NV.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            chunk_NV = logits_NV[rows].float()
+            # A copy, also where the logits have this type already: it is overwritten below, and they are not ours.
+            chunk_NV = logits_NV[rows].to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
             counted_N = targets_N[rows] != IGNORE
             picked_N = targets_N[rows].where(counted_N, 0)
             log_total_N = torch.logsumexp(chunk_NV, dim=-1)
@@ -46,9 +48,15 @@ class SumCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        """In place, so once a graph (autograd refuses a second time). The factor, 1 / targets of the step, is not
+        rounded to bfloat16 first: that would change every gradient by up to 0.4 %."""
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * grad_outputs[0].to(gradient_NV.dtype), None
+        wide = torch.promote_types(gradient_NV.dtype, torch.float32)
+        for chunk_NV in gradient_NV.split(ROWS_AT_ONCE):
+            chunk_NV.copy_(chunk_NV.to(wide) * grad_outputs[0].to(wide))
+        return gradient_NV, None
 
 
 def accepts_logits_to_keep(model: nn.Module) -> bool:

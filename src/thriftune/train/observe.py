@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from thriftune.errors import DiskFullError, OutputError
 from thriftune.records import StepMetrics
+from thriftune.train.checkpoint import is_disk_full, last_good
 
 
 class Observer(Protocol):
@@ -22,17 +25,21 @@ class Observer(Protocol):
 
 
 class Observers:
-    """Several observers as one, called in order. Also keeps the events, for the record."""
+    """Several observers as one, called in order. Also keeps the events and the last step's numbers, for the record."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = list(observers)
         self.events: list[str] = []
+        self.started = False
+        self.last: StepMetrics | None = None
 
     def start(self, first_step: int, num_steps: int) -> None:
+        self.started = True
         for observer in self._observers:
             observer.start(first_step, num_steps)
 
     def step(self, metrics: StepMetrics) -> None:
+        self.last = metrics
         for observer in self._observers:
             observer.step(metrics)
 
@@ -63,8 +70,19 @@ class MetricsFile:
             self.step(metrics)
 
     def step(self, metrics: StepMetrics) -> None:
-        self._file.write(metrics.model_dump_json() + "\n")
-        self._file.flush()
+        try:
+            self._file.write(metrics.model_dump_json() + "\n")
+            self._file.flush()
+        except OSError as error:
+            given = f"step {metrics.step} cannot be written to {self._path}: {error.strerror or error}"
+            good = last_good(self._path.parent)
+            if is_disk_full(error):
+                raise DiskFullError(
+                    given=given, allowed="a disk with room", do=f"free some space and resume; {good}"
+                ) from None
+            raise OutputError(
+                given=given, allowed="a file you may write to", do=f"mend that and resume; {good}"
+            ) from None
 
     def event(self, text: str) -> None:
         pass
@@ -73,7 +91,8 @@ class MetricsFile:
         pass
 
     def end(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every step was flushed; what cannot be written now was refused aloud before
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

@@ -15,6 +15,7 @@ from thriftune.recipe import Recipe, TrainRecipe
 
 STATE_FILE = "optimizer.safetensors"
 LAYOUT_FILE = "optimizer.json"
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends, whatever the peak
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> tuple[torch.optim.Optimizer, str, str]:
@@ -43,7 +44,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> t
         return torch.optim.AdamW(groups, fused=True, **arguments), name, remark
     if device.type != "cuda":
         raise InputError(
-            given=f"train.optim={name} on {device}", allowed="8-bit and paged optimizers on a GPU; adamw_torch anywhere",
+            given=f"train.optim={name} on {device}",
+            allowed="8-bit and paged optimizers on a GPU; adamw_torch anywhere",
             do="use train.optim=auto",
         )
     from bitsandbytes import optim
@@ -67,18 +69,27 @@ class LearningRate:
         from transformers import get_scheduler
 
         self.peak = peak
-        self.warmup_steps = min(train.warmup_steps or math.ceil(train.warmup_ratio * num_steps), num_steps)
-        kind = train.lr_scheduler_type
-        if kind == "constant":  # transformers' own has no warm-up: honour one that was asked for, else none
-            kind = "constant_with_warmup" if train.warmup_steps else "constant"
-            self.warmup_steps = train.warmup_steps
-        probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = get_scheduler(kind, probe, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps)
+        warmup = train.warmup_steps or math.ceil(train.warmup_ratio * num_steps)
+        if train.lr_scheduler_type == "constant":  # as in transformers it has no warm-up, unless in so many steps
+            warmup = train.warmup_steps
+        self.warmup_steps = min(warmup, num_steps)
+        if train.lr_scheduler_type == "polynomial" and peak <= POLYNOMIAL_END:
+            raise InputError(
+                given=f"learning_rate={peak:g} with lr_scheduler_type=polynomial, which ends at {POLYNOMIAL_END:g}",
+                allowed=f"a learning rate above {POLYNOMIAL_END:g}",
+                do="raise the learning rate or use lr_scheduler_type=linear",
+            )
+        probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+        schedule = get_scheduler(
+            train.lr_scheduler_type, probe, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps
+        )
         self._factor = schedule.lr_lambdas[0]
 
     def at(self, step: int) -> float:
         """Rate of optimizer step `step`, counted from 0."""
-        return self.peak * float(self._factor(step + 1 if step < self.warmup_steps else step))
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        return self.peak * float(self._factor(step))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -105,19 +116,20 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Put a saved state back. Raises CheckpointError when it is of another optimizer or other parameters."""
+    """Put a saved state back. Raises CheckpointError when it is missing or of another optimizer or parameters."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / STATE_FILE)
-    layout = json.loads((folder / LAYOUT_FILE).read_text(encoding="utf-8"))
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *layout["numbers"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    groups = [{**group, **_as_tuples(group)} for group in layout["param_groups"]]
     try:
+        tensors = load_file(folder / STATE_FILE)
+        layout = json.loads((folder / LAYOUT_FILE).read_text(encoding="utf-8"))
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in [*tensors.items(), *layout["numbers"].items()]:
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        groups = [{**group, **_as_tuples(group)} for group in layout["param_groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
             given=f"the optimizer state in {folder} does not fit this run: {error}",
             allowed="a checkpoint of the same recipe",

@@ -7,7 +7,8 @@ over the whole step, however it is cut, and a step's randomness is a function of
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +17,9 @@ import torch
 from thriftune.errors import DoesNotFitError
 
 Result = TypeVar("Result")
+
+# What a full memory says when torch has no type for it: the host's allocator, the driver, cuBLAS's own workspace.
+OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Recovery:
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
 
 
 def until_it_fits(
@@ -60,10 +64,29 @@ def until_it_fits(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = _first_line(error)
         # Outside the except block: the traceback no longer holds the failed attempt's tensors.
         clean()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         say(recovery.step_down(reason))
+
+
+@contextmanager
+def fits_or_ends(what: str) -> Iterator[None]:
+    """Around what no smaller micro-batch helps: out of memory becomes DoesNotFitError, which says what did not fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(
+            given=f"no memory is left for {what}: {_first_line(error)}",
+            allowed="trainable weights whose gradients and optimizer state fit beside the model",
+            do="use an 8-bit or paged optim, method lora or qlora, a lower lora_r, or a smaller model",
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,92 @@
+"""What the loop is handed, and what it hands back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from thriftune.data import Example, StepOrder
+from thriftune.methods.base import Method
+from thriftune.recipe import Recipe
+from thriftune.train.distributed import Processes
+from thriftune.train.loss import accepts_logits_to_keep
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal handler; the loop finishes the step, saves, and raises StoppedBySignal."""
+
+    signal_number: int = 0
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything the loop is handed. `identity` is what a resumed run must share with its checkpoint."""
+
+    model: nn.Module
+    method: Method
+    recipe: Recipe
+    train_examples: Sequence[Example]
+    place_of: Callable[[int], str]
+    eval_examples: Sequence[Example]
+    processes: Processes
+    output: Path
+    autocast_dtype: torch.dtype | None
+    enable_checkpointing: Callable[[], None]
+    checkpointing: bool
+    identity: dict[str, Any]
+    resume_command: str
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        return [len(example) for example in self.train_examples]
+
+    @functools.cached_property
+    def order(self) -> StepOrder:
+        settings = self.recipe.train
+        a_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        return StepOrder(
+            num_examples=len(self.train_examples),
+            examples_per_step=a_device * self.processes.world,
+            num_train_epochs=settings.num_train_epochs,
+            max_steps=settings.max_steps,
+            seed=self.recipe.seed,
+            shuffle=self.recipe.data.shuffle,
+        )
+
+    @functools.cached_property
+    def logits_for_targets_only(self) -> bool:
+        return accepts_logits_to_keep(self.model)
+
+    def autocast(self) -> torch.autocast:
+        kind = self.autocast_dtype
+        return torch.autocast(self.processes.device.type, dtype=kind, enabled=kind is not None)
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What came out. `loss` is the mean over the target tokens of the last tenth of the steps; `eval_loss` is that of
+    the weights that are kept: the best with load_best_model_at_end, else the last that was measured."""
+
+    steps: int
+    epochs: float
+    loss: float | None
+    eval_loss: float | None
+    best_step: int | None
+    tokens: int
+    tokens_per_s: float
+    peak_bytes: int
+    energy_j: float | None
+    train_s: float
+    optimizer: str
+    losses: list[float] = field(default_factory=list)
