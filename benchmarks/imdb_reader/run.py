@@ -18,9 +18,18 @@ import time
 from pathlib import Path
 
 # Two epochs on texts cut to their last 480 tokens or so, with each method's own learning rate.
-COMMON = ["max_length=512", "cut_prompt=start", "num_train_epochs=2", "per_device_train_batch_size=32",
-          "gradient_accumulation_steps=1", "logging_steps=100", "save_strategy=no", "warmup_ratio=0.05",
-          "lr_scheduler_type=linear", "weight_decay=0.0"]  # fmt: skip
+COMMON = [
+    "max_length=512",
+    "cut_prompt=start",
+    "num_train_epochs=2",
+    "per_device_train_batch_size=32",
+    "gradient_accumulation_steps=1",
+    "logging_steps=100",
+    "save_strategy=no",
+    "warmup_ratio=0.05",
+    "lr_scheduler_type=linear",
+    "weight_decay=0.0",
+]
 LEARNING_RATE = {"full": "4e-4", "lora": "1e-3", "qlora": "1e-3"}
 
 
@@ -62,19 +71,31 @@ def cell(method: str, arguments: argparse.Namespace) -> str:
     steps = []
     target = arguments.model
     if method != "base":
-        words = [*COMMON, f"learning_rate={LEARNING_RATE[method]}", f"seed={arguments.seed}",
-                 f"data.path={arguments.data}", *arguments.extra]  # fmt: skip
-        steps.append(f"{program} train {arguments.model} --data imdb --method {method} -o {run} {' '.join(words)} --json "
-                     f"> {results}/{run.name}.train.json")
+        words = [
+            *COMMON,
+            f"learning_rate={LEARNING_RATE[method]}",
+            f"seed={arguments.seed}",
+            f"data.path={arguments.data}",
+            *arguments.extra,
+        ]
+        steps.append(
+            f"{program} train {arguments.model} --data imdb --method {method} -o {run} {' '.join(words)} --json "
+            f"> {results}/{run.name}.train.json"
+        )
         target = str(run)
     limit = f"--limit {arguments.limit}" if arguments.limit else ""
-    steps.append(f"{program} eval {target} --task imdb --data {arguments.data} --answers {run}.answers.jsonl --json {limit} "
-                 f"max_length=512 generation.batch_size=256 > {results}/{run.name}.eval.json")
+    steps.append(
+        f"{program} eval {target} --task imdb --data {arguments.data} --answers {run}.answers.jsonl --json {limit} "
+        f"max_length=512 generation.batch_size=256 > {results}/{run.name}.eval.json"
+    )
     return " && ".join(steps)
 
 
 def print_table(arguments: argparse.Namespace) -> None:
-    print(f"{'method':8} {'accuracy':>9} {'95 % interval':>18} {'generated':>10} {'loss':>8} {'tokens/s':>10} {'train s':>8}")
+    print(
+        f"{'method':8} {'accuracy':>9} {'95 % interval':>18} {'generated':>10} {'loss':>8} "
+        f"{'tokens/s':>10} {'train s':>8}"
+    )
     for method in arguments.methods.split(","):
         stem = f"{method}-seed{arguments.seed}"
         evaluation = arguments.results / f"{stem}.eval.json"
@@ -84,9 +105,11 @@ def print_table(arguments: argparse.Namespace) -> None:
         score = json.loads(evaluation.read_text())
         record = json.loads((arguments.results / f"{stem}.train.json").read_text()) if method != "base" else {}
         generated = score["details"]["generated_accuracy"]["value"]
-        print(f"{method:8} {score['value']:9.4f} {score['low']:9.4f}-{score['high']:.4f} {generated:10.4f} "
-              f"{record.get('loss', float('nan')):8.4f} {record.get('tokens_per_s', float('nan')):10.0f} "
-              f"{record.get('train_s', float('nan')):8.1f}")
+        print(
+            f"{method:8} {score['value']:9.4f} {score['low']:9.4f}-{score['high']:.4f} {generated:10.4f} "
+            f"{record.get('loss', float('nan')):8.4f} {record.get('tokens_per_s', float('nan')):10.0f} "
+            f"{record.get('train_s', float('nan')):8.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 128_256
 SHAPES = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2},
-}  # fmt: skip
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
 SPECIAL = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
 
 
@@ -41,9 +51,16 @@ def main() -> None:
 
 def make_model(shape: str, output: Path) -> None:
     config = LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=1,
-        pad_token_id=2, tie_word_embeddings=False, dtype="bfloat16", **SHAPES[shape],
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        **SHAPES[shape],
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -59,9 +76,13 @@ def make_model(shape: str, output: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         model_max_length=8192,
-    ).save_pretrained(output)  # fmt: skip
+    ).save_pretrained(output)
 
 
 def make_rows(lengths_file: Path, rows: int, output: Path) -> None:

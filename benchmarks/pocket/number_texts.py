@@ -197,9 +197,23 @@ def stories(draw: random.Random) -> str:
 
 
 KINDS: tuple[Callable[[random.Random], str], ...] = (
-    plain_list, mixed_list, mixed_list, table, chain, chain, spoken, spoken, order, stories, stories, stories, stories,
-    stories, stories, stories,
-)  # fmt: skip
+    plain_list,
+    mixed_list,
+    mixed_list,
+    table,
+    chain,
+    chain,
+    spoken,
+    spoken,
+    order,
+    stories,
+    stories,
+    stories,
+    stories,
+    stories,
+    stories,
+    stories,
+)
 
 
 def number_document(draw: random.Random) -> str:

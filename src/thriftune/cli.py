@@ -84,7 +84,10 @@ def train(
         print_audit(console, audit_lines(prepared.data.audit), example_segments(first, prepared.tokenizer, longest=600))
         console.print(
             f"method {prepared.recipe.method} ({prepared.method_reason}); device {prepared.device}; output "
-            f"{prepared.recipe.output}", highlight=False, markup=False, soft_wrap=True,
+            f"{prepared.recipe.output}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     if dry_run:
         _finish_dry_run(prepared, as_json)
@@ -108,8 +111,11 @@ def _finish_dry_run(prepared: Any, as_json: bool) -> None:
     from thriftune.recipe import dump_yaml
 
     if as_json:
-        shown = {"recipe": prepared.recipe.dump(), "data": prepared.data.audit.model_dump(),
-                 "total_parameters": prepared.description.total_parameters}
+        shown = {
+            "recipe": prepared.recipe.dump(),
+            "data": prepared.data.audit.model_dump(),
+            "total_parameters": prepared.description.total_parameters,
+        }
         typer.echo(json.dumps(shown))
     else:
         typer.echo(dump_yaml(prepared.recipe), nl=False)
@@ -121,7 +127,8 @@ def _print_record(record: Any) -> None:
     loss = "none" if record.loss is None else f"{record.loss:.4f}"
     share = format_share(record.trainable_parameters, record.total_parameters)
     typer.echo(
-        f"done: {record.method}, {record.steps} steps, loss {loss}, {format_count(round(record.tokens_per_s))} tokens/s, "
+        f"done: {record.method}, {record.steps} steps, loss {loss}, "
+        f"{format_count(round(record.tokens_per_s))} tokens/s, "
         f"peak {format_bytes(record.peak_bytes)}, {format_seconds(record.wall_s)}\n"
         f"trained {record.trainable_parameters:,} of {record.total_parameters:,} parameters ({share})\n"
         f"result: {record.adapter}\n"
@@ -134,7 +141,9 @@ def evaluate_command(
     target: TargetName = "pocket",
     words: Overrides = None,
     task: Annotated[str, typer.Option(help="imdb, gsm8k, sums, reviews, or perplexity.")] = "reviews",
-    data: Annotated[str | None, typer.Option(help="The task's rows, or the text of perplexity: file or folder.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The task's rows, or the text of perplexity: file or folder.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Score a fixed random part of so many rows.")] = None,
     answers: Annotated[Path | None, typer.Option(help="File for every answer (jsonl).")] = None,
@@ -147,8 +156,10 @@ def evaluate_command(
     if as_json:
         typer.echo(result.model_dump_json())
     else:
-        typer.echo(f"{result.task}: {result.metric} {result.value:.4f} (95 % interval {result.low:.4f} to "
-                   f"{result.high:.4f}, {result.rows} rows)")
+        typer.echo(
+            f"{result.task}: {result.metric} {result.value:.4f} (95 % interval {result.low:.4f} to "
+            f"{result.high:.4f}, {result.rows} rows)"
+        )
         for name, value in result.details.items():
             if isinstance(value, (int, float, str)):
                 typer.echo(f"  {name}: {value:.4f}" if isinstance(value, float) else f"  {name}: {value}")
@@ -175,7 +186,9 @@ def predict(
     from thriftune.serving import predict_with_target
 
     count = predict_with_target(target, words or [], input_file=input_file, output=output)
-    Console(stderr=True).print(f"{count} rows answered" + (f": {output}" if output else ""), highlight=False, markup=False)
+    Console(stderr=True).print(
+        f"{count} rows answered" + (f": {output}" if output else ""), highlight=False, markup=False
+    )
 
 
 @app.command()
@@ -206,7 +219,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; replaced.")] = Path("demo"),
     as_json: Json = False,
 ) -> None:
-    """Tune the pocket model on built-in data, score it before and after, show three answers. Offline, minutes on a CPU."""
+    """Tune the pocket model on built-in data, score it before and after, show three answers. Offline, on a CPU."""
     from thriftune.demo import run_demo
 
     outcome = run_demo(output, Console(stderr=True))
@@ -234,7 +247,8 @@ def _recipe(words: list[str] | None, config: Path | None, options: dict[str, Any
     bare = [word for word in words or [] if word not in overrides]
     if len(bare) > 1:
         raise InputError(
-            given=f"{len(bare)} words that are no KEY=VALUE: {', '.join(bare)}", allowed="one model name",
+            given=f"{len(bare)} words that are no KEY=VALUE: {', '.join(bare)}",
+            allowed="one model name",
             do="write options as key=value, without spaces around =",
         )
     return read_recipe(config, overrides, {"model": bare[0] if bare else None, **options})

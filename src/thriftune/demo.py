@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class DemoOutcome:
         folder = Path(self.record.adapter or "").parent
         lines += [
             "",
-            f"{self.record.trainable_parameters:,} parameters trained ({share}) in {format_seconds(self.record.train_s)}; "
+            f"{self.record.trainable_parameters:,} parameters trained ({share}) in "
+            f"{format_seconds(self.record.train_s)}; "
             f"everything took {format_seconds(self.wall_s)}",
             f"talk to it: thriftune chat {folder}",
         ]
@@ -94,9 +96,11 @@ def run_demo(output: Path, console: Console) -> DemoOutcome:
     prepared = prepare_run(recipe)
     print_audit(console, audit_lines(prepared.data.audit), None)
     record = run(
-        prepared, observers=[ProgressLine(console, recipe.train.logging_steps)], command="thriftune demo",
+        prepared,
+        observers=[ProgressLine(console, recipe.train.logging_steps)],
+        command="thriftune demo",
         resume_command="thriftune demo",
-    )  # fmt: skip
+    )
     data = task_data(recipe.data, TASK, None)
     results = {}
     for name, target_name in (("base", "pocket"), ("tuned", str(output))):
@@ -113,7 +117,8 @@ def _clear_earlier_demo(output: Path) -> None:
         return
     if not output.is_dir() or not (output / "recipe.yaml").is_file():
         raise OutputError(
-            given=f"{output} exists and is no earlier demo", allowed="a new or empty folder, or an earlier demo's",
+            given=f"{output} exists and is no earlier demo",
+            allowed="a new or empty folder, or an earlier demo's",
             do="name another --output",
         )
     shutil.rmtree(output)
@@ -139,5 +144,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _shortened(text: str, longest: int = 220) -> str:
-    flat = " ".join(text.split())
+    """One line without the template's marks."""
+    flat = " ".join(re.sub(r"<\|\w+\|>", " ", text).split())
     return flat if len(flat) <= longest else flat[: longest - 3] + "..."

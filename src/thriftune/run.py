@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,8 +55,12 @@ class Prepared:
 
 def quiet_libraries() -> None:
     """No telemetry, no progress bars of libraries; the user's own settings win."""
-    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("DO_NOT_TRACK", "1"), ("TOKENIZERS_PARALLELISM", "false"),
-                        ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
+    for name, value in (
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("DO_NOT_TRACK", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ):
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
@@ -85,7 +89,7 @@ def prepare_run(recipe: Recipe) -> Prepared:
     longest = data.audit.token_lengths.max
     if description.max_positions is not None and longest > description.max_positions:
         raise InputError(
-            given=f"the longest row has {longest} tokens, {recipe.model.name} has {description.max_positions} positions",
+            given=f"longest row: {longest} tokens; positions of {recipe.model.name}: {description.max_positions}",
             allowed=f"data.max_length up to {description.max_positions}",
             do=f"run again with max_length={description.max_positions}",
         )
@@ -93,9 +97,7 @@ def prepare_run(recipe: Recipe) -> Prepared:
     return Prepared(resolved, description, data, tokenizer, device, dtype, reason)
 
 
-def run(
-    prepared: Prepared, *, observers: Sequence[Observer], command: str, resume_command: str
-) -> RunRecord:
+def run(prepared: Prepared, *, observers: Sequence[Observer], command: str, resume_command: str) -> RunRecord:
     """Train as prepared and leave a run's folder behind: checkpoints, result, recipe, metrics, record.
 
     What fails before the first step (a model or options that cannot be used) leaves no folder.
@@ -135,18 +137,33 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     def record(status: Any, outcome: TrainOutcome | None, adapter: Path | None) -> RunRecord:
         last = watching.last  # all there is to tell of a run that did not get to its end
         return RunRecord(
-            status=status, method=recipe.method, path="generic", path_reason=GENERIC_PATH_REASON,
-            model=recipe.model.name, trainable_parameters=trainable_parameters(model) or trainable,
-            total_parameters=total_parameters, steps=outcome.steps if outcome else last.step if last else 0,
-            epochs=outcome.epochs if outcome else last.epoch if last else 0.0, loss=outcome.loss if outcome else None,
-            eval_loss=outcome.eval_loss if outcome else None, best_step=outcome.best_step if outcome else None,
+            status=status,
+            method=recipe.method,
+            path="generic",
+            path_reason=GENERIC_PATH_REASON,
+            model=recipe.model.name,
+            trainable_parameters=trainable_parameters(model) or trainable,
+            total_parameters=total_parameters,
+            steps=outcome.steps if outcome else last.step if last else 0,
+            epochs=outcome.epochs if outcome else last.epoch if last else 0.0,
+            loss=outcome.loss if outcome else None,
+            eval_loss=outcome.eval_loss if outcome else None,
+            best_step=outcome.best_step if outcome else None,
             tokens=outcome.tokens if outcome else last.tokens_seen if last else 0,
             tokens_per_s=outcome.tokens_per_s if outcome else 0.0,
             peak_bytes=outcome.peak_bytes if outcome else last.peak_bytes if last else 0,
             energy_j=outcome.energy_j if outcome else last.energy_j if last else None,
-            wall_s=time.perf_counter() - clock, train_s=outcome.train_s if outcome else 0.0, load_s=loaded.load_s,
-            adapter=str(adapter) if adapter else None, events=watching.events, data=prepared.data.audit,
-            recipe=recipe, hardware=hardware(device), versions=versions(), command=command, started=started,
+            wall_s=time.perf_counter() - clock,
+            train_s=outcome.train_s if outcome else 0.0,
+            load_s=loaded.load_s,
+            adapter=str(adapter) if adapter else None,
+            events=watching.events,
+            data=prepared.data.audit,
+            recipe=recipe,
+            hardware=hardware(device),
+            versions=versions(),
+            command=command,
+            started=started,
         )
 
     trainable = trainable_parameters(model)
@@ -172,7 +189,12 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
 
 
 def _job(
-    prepared: Prepared, method: Method, loaded: LoadedModel, model: Any, processes: Processes, output: Path,
+    prepared: Prepared,
+    method: Method,
+    loaded: LoadedModel,
+    model: Any,
+    processes: Processes,
+    output: Path,
     resume_command: str,
 ) -> TrainJob:
     recipe, device = prepared.recipe, prepared.device
@@ -180,7 +202,10 @@ def _job(
     checkpointing = settings.gradient_checkpointing == "on" or (
         settings.gradient_checkpointing == "auto"
         and needs_checkpointing(
-            prepared.description, settings.per_device_train_batch_size, prepared.data.audit.token_lengths.max, device,
+            prepared.description,
+            settings.per_device_train_batch_size,
+            prepared.data.audit.token_lengths.max,
+            device,
             prepared.dtype.itemsize,
         )
     )
@@ -206,17 +231,34 @@ def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common."""
     recipe = prepared.recipe
     train = recipe.train.model_dump(
-        include={"learning_rate", "num_train_epochs", "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
-                 "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps", "warmup_ratio"}
+        include={
+            "learning_rate",
+            "num_train_epochs",
+            "max_steps",
+            "optim",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "max_grad_norm",
+            "lr_scheduler_type",
+            "warmup_steps",
+            "warmup_ratio",
+        }
     )
     examples = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world
     return {
-        "model": recipe.model.name, "total_parameters": prepared.description.total_parameters,
-        "method": recipe.method, "seed": recipe.seed, "data": prepared.data.audit.fingerprint,
-        "shuffle": recipe.data.shuffle, "examples_per_step": examples,
+        "model": recipe.model.name,
+        "total_parameters": prepared.description.total_parameters,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "data": prepared.data.audit.fingerprint,
+        "shuffle": recipe.data.shuffle,
+        "examples_per_step": examples,
         "lora": recipe.lora.model_dump(mode="json") if recipe.method != "full" else None,
-        "quant": recipe.quant.model_dump() if recipe.method == "qlora" else None, **train,
-    }  # fmt: skip
+        "quant": recipe.quant.model_dump() if recipe.method == "qlora" else None,
+        **train,
+    }
 
 
 @contextmanager
@@ -271,7 +313,8 @@ def _claim(output: Path, recipe: Recipe) -> None:
     holds_run = (output / "record.json").exists() or newest_checkpoint(output) is not None
     if holds_run and not resuming:
         raise OutputError(
-            given=f"{output} already holds a run", allowed="a new or empty folder, or resume_from_checkpoint=auto",
+            given=f"{output} already holds a run",
+            allowed="a new or empty folder, or resume_from_checkpoint=auto",
             do=f"name another --output, or go on with resume_from_checkpoint=auto, or delete {output}",
         )
     try:
@@ -280,7 +323,8 @@ def _claim(output: Path, recipe: Recipe) -> None:
             write_text_atomically(output / "recipe.yaml", dump_yaml(recipe))
     except OSError as error:
         raise OutputError(
-            given=f"{output} cannot be written to: {error.strerror or error}", allowed="a folder you may write to",
+            given=f"{output} cannot be written to: {error.strerror or error}",
+            allowed="a folder you may write to",
             do="name another --output",
         ) from None
 
@@ -320,17 +364,20 @@ def _card(recipe: Recipe) -> str:
     kind = "A whole model" if recipe.method == "full" else "A LoRA adapter in PEFT's format"
     library = "transformers" if recipe.method == "full" else "peft"
     return (
-        f"---\nbase_model: {recipe.model.name}\nlibrary_name: {library}\n---\n\n{kind} for {recipe.model.name}, made by "
-        f"thriftune (method {recipe.method}, data {recipe.data.name}, seed {recipe.seed}).\nThe recipe, the metrics and "
-        "the record of the run are in the folder above this one.\n"
+        f"---\nbase_model: {recipe.model.name}\nlibrary_name: {library}\n---\n\n{kind} for {recipe.model.name}, made "
+        f"by thriftune (method {recipe.method}, data {recipe.data.name}, seed {recipe.seed}).\nThe recipe, the metrics "
+        "and the record of the run are in the folder above this one.\n"
     )
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the run ran on, for its record."""
     found: dict[str, Any] = {
-        "device": str(device), "platform": platform.platform(), "cpu_count": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total, "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "torch_threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -346,5 +393,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed as a package"
     return found
-
-

@@ -1,4 +1,4 @@
-"""The verbs that use a model: `eval`, `predict`, `chat`. Each opens a target, hands it to its room, writes what came."""
+"""The verbs that use a model: `eval`, `predict`, `chat`. Each opens a target and writes what came."""
 
 from __future__ import annotations
 
@@ -86,7 +86,12 @@ def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, ou
     # A run asks as it was trained, reviews with their question; a bare model is asked what the rows say.
     data = recipe.data if target.is_run else recipe.data.model_copy(update={"name": str(input_file)})
     answered = predict_rows(
-        opened.model, opened.tokenizer, rows, data, recipe.generation, seed=recipe.seed,
+        opened.model,
+        opened.tokenizer,
+        rows,
+        data,
+        recipe.generation,
+        seed=recipe.seed,
         on_progress=progress_lines("predict"),
     )
     with _whole_file(output) as file:
@@ -152,7 +157,8 @@ def _whole_file(output: Path | None) -> Iterator[TextIO]:
         aside.replace(output)
     except OSError as error:
         raise OutputError(
-            given=f"{output} cannot be written: {error.strerror or error}", allowed="a file you may write to, with room",
+            given=f"{output} cannot be written: {error.strerror or error}",
+            allowed="a file you may write to, with room",
             do="name another --output",
         ) from None
     finally:
@@ -162,5 +168,3 @@ def _whole_file(output: Path | None) -> Iterator[TextIO]:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.").lower() or "model"
-
-

@@ -133,6 +133,8 @@ def attach_adapter(base: nn.Module, folder: Path) -> nn.Module:
 
     path = folder / "adapter_config.json"
     config = _adapter_config(path)
+    # PEFT compares the two names and warns; which base this is was settled when the target was found.
+    config.base_model_name_or_path = base.name_or_path
     # Where a start rewrote the base, the same start must do so again; otherwise it does not matter.
     if str(config.init_lora_weights).lower() not in REPLACES_BASE:
         config.init_lora_weights = True

@@ -309,8 +309,8 @@ CLOSINGS = {
     "train": ("That is all I have to say.", "It took us about two hours.", "{name} thinks the same.", "", ""),
     "test": ("I am writing this on the same evening.", "So says {name} as well.", ""),
 }
-# How often each kind is drawn. Rows against the grain (a verdict opposed to all that was said before, a negated verdict)
-# are the hard ones: tuning the pocket model for a minute gets most of the others right and about half of these.
+# How often each kind is drawn. The hard rows go against the grain (a verdict opposed to all that was said before, a
+# negated verdict): tuning the pocket model for a minute gets most of the others right and about half of these.
 BODY_KINDS = ("plain",) * 3 + ("mixed",) * 4 + ("against",)
 VERDICT_KINDS = ("plain",) * 11 + ("negated",)
 FEWEST_WORDS, MOST_WORDS = 25, 50

@@ -95,15 +95,8 @@ class _Content:
         self.text = text
         self.which = which
         self.tokenizer = encoder.tokenizer
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=self.tokenizer.is_fast,
-            verbose=False,
-        )
-        self.ids: list[int] = encoded["input_ids"]
-        self.offsets: list[tuple[int, int]] | None = encoded.get("offset_mapping")
+        self.encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        self.ids: list[int] = self.encoded["input_ids"]
 
     def shortened(self, kept: int) -> str:
         """The text with `kept` of its tokens left."""
@@ -111,8 +104,12 @@ class _Content:
             return ""
         gone = len(self.ids) - kept
         first = {"start": 0, "middle": (kept + 1) // 2, "end": kept}[self.which]
-        if self.offsets is None:
+        if not self.tokenizer.is_fast:
             return str(self.tokenizer.decode(self.ids[:first] + self.ids[first + gone :]))
-        head = self.text[: self.offsets[first][0]] if first else ""
-        tail = self.text[self.offsets[first + gone][0] :] if first + gone < len(self.ids) else ""
+        head = self.text[: self._border(first)] if first else ""
+        tail = self.text[self._border(first + gone) :] if first + gone < len(self.ids) else ""
         return head + tail
+
+    def _border(self, token: int) -> int:
+        """The character at which a token begins."""
+        return int(self.encoded.token_to_chars(token).start)

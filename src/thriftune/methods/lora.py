@@ -171,7 +171,8 @@ def _first_line(error: BaseException) -> str:
 def _make_plain(config: Any, recipe: Recipe) -> None:
     """The configuration as it is written: the base by its public name, and no set, whose order changes each time."""
     folder = Path(recipe.model.name).expanduser()
-    config.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else recipe.model.name
+    is_folder = recipe.model.name != "pocket" and folder.is_dir()
+    config.base_model_name_or_path = str(folder.resolve()) if is_folder else recipe.model.name
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
 

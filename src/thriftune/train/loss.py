@@ -15,7 +15,10 @@ from torch.autograd.function import once_differentiable
 from thriftune.data import Batch
 
 IGNORE = -100
-ROWS_AT_ONCE = 1024  # float32 copies of the logits are made for this many positions at a time
+# Float32 copies of the logits are made for so many positions at a time: 1024, and fewer where the vocabulary would make
+# that more than 64 MiB.
+ROWS_AT_ONCE = 1024
+CHUNK_ELEMENTS = 16 * 1024**2
 
 
 class SumCrossEntropy(torch.autograd.Function):
@@ -30,8 +33,9 @@ class SumCrossEntropy(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient_NV = torch.empty_like(logits_NV) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
-        for start in range(0, logits_NV.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        at_once = _rows_at_once(logits_NV)
+        for start in range(0, logits_NV.shape[0], at_once):
+            rows = slice(start, start + at_once)
             # A copy, also where the logits have this type already: it is overwritten below, and they are not ours.
             chunk_NV = logits_NV[rows].to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
             counted_N = targets_N[rows] != IGNORE
@@ -54,9 +58,13 @@ class SumCrossEntropy(torch.autograd.Function):
         rounded to bfloat16 first: that would change every gradient by up to 0.4 %."""
         (gradient_NV,) = ctx.saved_tensors
         wide = torch.promote_types(gradient_NV.dtype, torch.float32)
-        for chunk_NV in gradient_NV.split(ROWS_AT_ONCE):
+        for chunk_NV in gradient_NV.split(_rows_at_once(gradient_NV)):
             chunk_NV.copy_(chunk_NV.to(wide) * grad_outputs[0].to(wide))
         return gradient_NV, None
+
+
+def _rows_at_once(logits_NV: Tensor) -> int:
+    return max(1, min(ROWS_AT_ONCE, CHUNK_ELEMENTS // max(1, logits_NV.shape[1])))
 
 
 def accepts_logits_to_keep(model: nn.Module) -> bool:
