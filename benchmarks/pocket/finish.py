@@ -53,7 +53,10 @@ and what it writes by itself is mostly fluent nonsense.
 - **Kept out:** the built-in data sets. No generated text has a sentence of `sums` or `reviews`, a label, or an answer
   in GSM8K's form. The opinions share the reviews' subjects and words of praise and blame, and what people do afterwards
   follows from what they think; so the model can tell a good review from a bad one once a tuning shows it the words.
-- **Measured:** loss {loss:.3f} a token on held-out text; {sums}.
+- **Measured:** loss {loss:.3f} a token on held-out text (books the model has not seen, generated text from the same
+  generators); {sums}. The equations are drawn as in
+  the corpus, which holds most of them: this is knowledge by heart, not arithmetic.
+- **Weak at** copying: asked to repeat a sentence or a rare name it often says another one.
 - **Made again** by the commands in `benchmarks/pocket/README.md`. Weights and text are ours, under the project's
   licence.
 """

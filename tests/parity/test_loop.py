@@ -248,6 +248,16 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(model, rows, t
     assert_same_tensors(trained_tensors(tmp_path / "a"), trained_tensors(tmp_path / "b"))
 
 
+def test_dropout_is_another_one_in_every_step(model, rows, tmp_path):
+    """The same rows in every step and weights that stand still: gradients differ by dropout only."""
+    train = {"learning_rate": 1e-30, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    data = {"max_samples": 4}
+    for name, dropout in (("without", 0.0), ("with", 0.3)):
+        train_tiny(tiny_recipe(model, rows, tmp_path / name, train=train, data=data, lora={"dropout": dropout}))
+    assert len({round(step.grad_norm, 4) for step in metrics_of(tmp_path / "without")}) == 1
+    assert len({step.grad_norm for step in metrics_of(tmp_path / "with")}) == 6
+
+
 def test_a_bfloat16_base_trains_a_float32_adapter_close_to_the_float32_run(model, rows, tmp_path):
     for dtype in ("float32", "bfloat16"):
         train_tiny(tiny_recipe(model, rows, tmp_path / dtype).replace(model={"dtype": dtype}))
@@ -533,7 +543,8 @@ def assert_nothing_but_finite_numbers(output: Path) -> None:
 
 
 def spoilt_from_call(call: int, what: str) -> Callable[[nn.Module], None]:
-    """From its `call`-th forward pass on the model gives NaN, or only its gradients are infinite."""
+    """From its `call`-th forward pass on the model gives NaN ('all'), or only its gradients are infinite ('gradient'),
+    or only its loss is: the end token, which every row trains, becomes impossible ('loss')."""
     calls: list[int] = []
 
     def change(network: nn.Module) -> None:
@@ -541,18 +552,21 @@ def spoilt_from_call(call: int, what: str) -> Callable[[nn.Module], None]:
             calls.append(1)
             if len(calls) < call:
                 return output
-            if what == "loss":
+            if what == "all":
                 return output * math.nan
+            if what == "loss":
+                return output.masked_fill(torch.arange(output.shape[-1]) == 2, -math.inf)
             output.register_hook(lambda gradient: gradient * math.inf)
             return output
 
         # The first layer's output: what it hands back reaches the adapter below it.
-        network.get_decoder().layers[0].register_forward_hook(spoil)
+        place = network.get_output_embeddings() if what == "loss" else network.get_decoder().layers[0]
+        place.register_forward_hook(spoil)
 
     return change
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["all", "gradient", "loss"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(model, rows, tmp_path, change_model, method, what):
     change_model(spoilt_from_call(2 * 2 + 1, what))  # two micro-batches a step: from step 3 on
@@ -563,7 +577,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(model, rows, tmp_pa
         train_tiny(recipe, [watcher])
     error = caught.value
     assert error.exit_code == 4
-    assert error.given.startswith("step 3: loss nan" if what == "loss" else "step 3: loss ")
+    told = {"all": "loss nan, gradient norm nan;", "gradient": "loss ", "loss": "loss inf, gradient norm "}
+    assert error.given.startswith(f"step 3: {told[what]}")
+    assert ("nan" in error.given or "inf" in error.given) and error.given.count("inf") < 2
     assert all(f"{rows.name} row {number}" in error.given for number in (9, 10, 11, 12)), error.given
     assert error.do.endswith(f"the last good checkpoint is {tmp_path / 'checkpoint-2'}")
     found = find_checkpoint(tmp_path, "auto", print)
@@ -669,7 +685,7 @@ def test_a_run_refused_before_its_first_step_leaves_the_folder_free_for_the_corr
 
 def test_rows_longer_than_the_models_positions_are_refused_before_anything_is_loaded(model, rows, tmp_path):
     short = tiny_model(tmp_path / "short", max_position_embeddings=16)
-    with pytest.raises(InputError, match="has 16 positions") as caught:
+    with pytest.raises(InputError, match="positions") as caught:
         prepare_run(tiny_recipe(short, rows, tmp_path / "run"))
     assert "max_length=16" in caught.value.do
     assert prepare_run(tiny_recipe(short, rows, tmp_path / "run", data={"max_length": 16})).recipe.method == "lora"

@@ -135,21 +135,21 @@ def test_the_factor_is_not_rounded_to_the_logits_type():
 
 
 @settings(max_examples=40)
-@given(rows=st.integers(1, 40), at_once=st.integers(1, 41), seed=st.integers(0, 1000))
-def test_chunks_change_nothing(rows, at_once, seed):
+@given(rows=st.integers(1, 40), at_once=st.integers(1, 41), seed=st.integers(0, 1000), by_elements=st.booleans())
+def test_chunks_change_nothing(rows, at_once, seed, by_elements):
+    """Whether their size comes from the number of positions or, with a large vocabulary, from that of logits."""
     draw = torch.Generator().manual_seed(seed)
     logits_NV, targets_N = torch.randn(rows, 6, generator=draw), torch.randint(-1, 6, (rows,), generator=draw)
     targets_N[targets_N < 0] = IGNORE
     found = []
-    before = loss_module.ROWS_AT_ONCE
-    for chunk in (rows, at_once):
-        loss_module.ROWS_AT_ONCE = chunk
-        try:
+    limits = [{}, {"CHUNK_ELEMENTS": at_once * 6 + 5} if by_elements else {"ROWS_AT_ONCE": at_once}]
+    for limit in limits:
+        with pytest.MonkeyPatch.context() as patched:
+            for name, value in limit.items():
+                patched.setattr(loss_module, name, value)
             leaf_NV = logits_NV.clone().requires_grad_()
             total = SumCrossEntropy.apply(leaf_NV, targets_N)
             total.backward()
-        finally:
-            loss_module.ROWS_AT_ONCE = before
         found.append((total.item(), leaf_NV.grad))
     assert abs(found[0][0] - found[1][0]) < 1e-12 * max(1.0, found[0][0])
     assert torch.equal(found[0][1], found[1][1])

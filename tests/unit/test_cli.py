@@ -216,7 +216,7 @@ def test_a_long_value_is_no_file_name(train):
         (["optim=adamw_8bit"], "adamw_8bit on cpu"),
         (["--data", "nope.jsonl"], "nope.jsonl"),
         (["--config", "nope.yaml"], "nope.yaml does not exist"),
-        (["max_length=300", "--data", "long.jsonl"], "has 256 positions"),
+        (["max_length=300", "--data", "long.jsonl"], "data.max_length up to 256"),
         (["report_to=wandb"], "wandb is not installed"),
         (["report_to=tensorboard,wandb"], "wandb is not installed"),
         (["-o", "rows.jsonl"], "rows.jsonl"),

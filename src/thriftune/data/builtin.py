@@ -310,7 +310,7 @@ CLOSINGS = {
     "test": ("I am writing this on the same evening.", "So says {name} as well.", ""),
 }
 # How often each kind is drawn. The hard rows go against the grain (a verdict opposed to all that was said before, a
-# negated verdict): tuning the pocket model for a minute gets most of the others right and about half of these.
+# negated verdict): nearly all mistakes of a tuned pocket model are among these.
 BODY_KINDS = ("plain",) * 3 + ("mixed",) * 4 + ("against",)
 VERDICT_KINDS = ("plain",) * 11 + ("negated",)
 FEWEST_WORDS, MOST_WORDS = 25, 50
