@@ -198,8 +198,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into its 16-bit base, reload the result and compare its logits with the adapter's."""
+    from thriftune.machine import choose_device, quiet_libraries
     from thriftune.merging import merge as merge_target
-    from thriftune.run import choose_device, quiet_libraries
 
     quiet_libraries()
     result = merge_target(target, output, choose_device())
@@ -230,7 +230,9 @@ def demo(
 def doctor(as_json: Json = False) -> None:
     """Say what this machine has and lacks for fine-tuning."""
     from thriftune.doctor import examine
+    from thriftune.machine import quiet_libraries
 
+    quiet_libraries()
     findings = examine()
     if as_json:
         typer.echo(json.dumps({"findings": [finding.model_dump() for finding in findings]}))

@@ -84,7 +84,8 @@ def run_demo(output: Path, console: Console) -> DemoOutcome:
     """Tune the pocket model on the built-in reviews into `output`, which must be absent, empty or an earlier demo."""
     from thriftune.console import ProgressLine, print_audit
     from thriftune.data import audit_lines
-    from thriftune.run import choose_device, prepare_run, run
+    from thriftune.machine import choose_device
+    from thriftune.run import prepare_run, run
     from thriftune.serving import evaluate_opened, task_data
     from thriftune.target import find_target, open_target
 

@@ -27,7 +27,7 @@ def examine() -> list[Finding]:
 
 
 def _python_and_packages() -> list[Finding]:
-    from thriftune.run import versions
+    from thriftune.machine import versions
 
     found = versions()
     missing = [name for name, number in found.items() if number.startswith("not installed") and name != "thriftune"]

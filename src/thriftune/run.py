@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import platform
 import re
 import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from thriftune.data import PreparedData, prepare
 from thriftune.errors import DiskFullError, InputError, OutputError, StoppedBySignal, ThriftuneError
+from thriftune.machine import choose_device, hardware, quiet_libraries, versions
 from thriftune.methods import METHODS, Method, choose_method, needs_checkpointing, trainable_parameters
 from thriftune.models import LoadedModel, describe_model, load_model, load_tokenizer
 from thriftune.models.load import ModelDescription, choose_dtype
@@ -37,7 +33,6 @@ from thriftune.train.observe import MetricsFile
 from thriftune.train.trackers import Trackers, start_processes
 
 GENERIC_PATH_REASON = "transformers' model with autograd: the engine has not landed yet"
-VERSIONED = ("thriftune", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -51,30 +46,6 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     method_reason: str
-
-
-def quiet_libraries() -> None:
-    """No telemetry, no progress bars of libraries; the user's own settings win."""
-    for name, value in (
-        ("HF_HUB_DISABLE_TELEMETRY", "1"),
-        ("DO_NOT_TRACK", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-    ):
-        os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def choose_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def prepare_run(recipe: Recipe) -> Prepared:
@@ -93,8 +64,19 @@ def prepare_run(recipe: Recipe) -> Prepared:
             allowed=f"data.max_length up to {description.max_positions}",
             do=f"run again with max_length={description.max_positions}",
         )
-    resolved = recipe.resolved(method, _output_folder(recipe, method))
+    resolved = _with_whole_paths(recipe).resolved(method, _output_folder(recipe, method))
     return Prepared(resolved, description, data, tokenizer, device, dtype, reason)
+
+
+def _with_whole_paths(recipe: Recipe) -> Recipe:
+    """Local places by their absolute path, so that the run's folder can be used from anywhere on this machine."""
+    changed: dict[str, dict[str, str]] = {}
+    for section, values in (("model", recipe.model), ("data", recipe.data)):
+        for key in ("name", "path", "eval_path"):
+            text = getattr(values, key, None)
+            if text and text not in ("pocket", "sums", "reviews", "imdb", "gsm8k") and Path(text).expanduser().exists():
+                changed.setdefault(section, {})[key] = str(Path(text).expanduser().absolute())
+    return recipe.replace(**changed) if changed else recipe
 
 
 def run(prepared: Prepared, *, observers: Sequence[Observer], command: str, resume_command: str) -> RunRecord:
@@ -368,28 +350,3 @@ def _card(recipe: Recipe) -> str:
         f"by thriftune (method {recipe.method}, data {recipe.data.name}, seed {recipe.seed}).\nThe recipe, the metrics "
         "and the record of the run are in the folder above this one.\n"
     )
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the run ran on, for its record."""
-    found: dict[str, Any] = {
-        "device": str(device),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "torch_threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return found
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found

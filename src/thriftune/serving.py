@@ -20,9 +20,9 @@ from thriftune.evaluate import TASKS, evaluate
 from thriftune.infer.batching import Progress, ProgressCallback
 from thriftune.infer.chat import chat_loop
 from thriftune.infer.predict import predict_rows
+from thriftune.machine import choose_device, quiet_libraries
 from thriftune.recipe import DataRecipe, Recipe, read_recipe
 from thriftune.records import EvalResult, write_record
-from thriftune.run import choose_device, quiet_libraries
 from thriftune.target import OpenedTarget, Target, find_target, open_target
 from thriftune.units import format_seconds
 
