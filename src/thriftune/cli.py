@@ -92,7 +92,8 @@ def train(
     if dry_run:
         _finish_dry_run(prepared, as_json)
         return
-    resume = f"thriftune train --config {prepared.recipe.output}/recipe.yaml resume_from_checkpoint=auto"
+    stored = shlex.quote(f"{prepared.recipe.output}/recipe.yaml")
+    resume = f"thriftune train --config {stored} resume_from_checkpoint=auto"
     record = run(
         prepared,
         observers=[ProgressLine(console, recipe.train.logging_steps)] if is_main else [],

@@ -232,6 +232,7 @@ def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
     return {
         "model": recipe.model.name,
         "total_parameters": prepared.description.total_parameters,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
         "method": recipe.method,
         "seed": recipe.seed,
         "data": prepared.data.audit.fingerprint,

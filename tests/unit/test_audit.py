@@ -64,6 +64,8 @@ def test_a_clean_set(tmp_path: Path) -> None:
     assert not audit.bos_doubled
     assert (audit.prompts_cut, audit.answers_cut.rows, audit.duplicate_rows, audit.eval_rows) == (0, 0, 0, 0)
     assert {verdict for verdict, _ in audit_lines(audit)} == {"ok"}
+    looked_for = "no rows dropped, no prompts cut, no answers cut, no begin tokens doubled, no rows repeated"
+    assert verdicts(audit, looked_for) == ["ok"]
     assert DataAudit.model_validate_json(audit.model_dump_json()) == audit
 
 
@@ -74,6 +76,7 @@ def test_answers_cut_are_counted_with_what_they_lost(tmp_path: Path) -> None:
     assert audit.answers_cut.tokens_lost_mean == 2  # (3 + 1) / 2, end tokens included
     assert audit.eos_trained  # of the answers that are whole
     assert verdicts(audit, "lost their end") == ["warn"]
+    assert verdicts(audit, "no answers cut") == []
 
 
 def test_prompts_cut_are_a_note(tmp_path: Path) -> None:

@@ -134,7 +134,22 @@ def audit_lines(audit: DataAudit) -> list[tuple[Verdict, str]]:
             f"({format_share(audit.trained_tokens, audit.tokens)} of all)",
         ),
     ]
-    return lines + _end_lines(audit) + _loss_lines(audit) + _overlap_lines(audit)
+    return lines + _end_lines(audit) + _loss_lines(audit) + _overlap_lines(audit) + _clean_line(audit)
+
+
+def _clean_line(audit: DataAudit) -> list[tuple[Verdict, str]]:
+    """What was looked for and not found, so that silence is not mistaken for not having looked."""
+    found = {
+        "rows dropped": sum(audit.rows_dropped.values()),
+        "prompts cut": audit.prompts_cut,
+        "answers cut": audit.answers_cut.rows,
+        "begin tokens doubled": int(audit.bos_doubled),
+        "rows repeated": audit.duplicate_rows,
+    }
+    if audit.eval_rows:
+        found["rows shared with the eval rows"] = audit.rows_shared_with_eval
+    clean = [what for what, count in found.items() if not count]
+    return [("ok", f"no {', no '.join(clean)}")] if clean else []
 
 
 def _graded(count: int, whole: int) -> Verdict:
