@@ -53,7 +53,7 @@ def test_an_nf4_that_answers_wrongly_is_a_warning(monkeypatch):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr("thriftune.run.versions", lambda: {"python": "3.11", "peft": "not installed as a package"})
+    monkeypatch.setattr("thriftune.machine.versions", lambda: {"python": "3.11", "peft": "not installed as a package"})
     (finding,) = doctor._python_and_packages()
     assert finding.verdict == "warn" and "missing: peft" in finding.text
 
