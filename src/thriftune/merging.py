@@ -19,6 +19,7 @@ from thriftune.infer.merge import (
     refuse_taken,
     write_model,
 )
+from thriftune.methods.full import STORED_DTYPES
 from thriftune.models import LoadedModel, load_model
 from thriftune.models.surgery import dequantise
 from thriftune.recipe import DataRecipe, ModelRecipe
@@ -30,9 +31,6 @@ PROBES = (
     "Tom has 12 apples and gives 5 to Anna. How many are left?",
     "Write one sentence about the sea.",
 )
-
-
-STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:

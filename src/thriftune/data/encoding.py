@@ -48,6 +48,11 @@ class Example:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_targets(self) -> int:
+        """Trained tokens that something stands before: position 0 is never predicted."""
+        return int(self.trained[1:].sum())
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -62,8 +62,7 @@ def train_step(
     # -- this process's examples; targets and tokens of the whole step ------------------------------------------
     indices = job.order.indices(step)
     mine = [job.train_examples[index] for index in shared_out(indices, job.lengths, processes.rank, processes.world)]
-    whole = micro_batches(mine, max(1, len(mine)))
-    counts = [sum(batch.num_targets for batch in whole), sum(batch.num_tokens for batch in whole)]
+    counts = [sum(example.num_targets for example in mine), sum(len(example) for example in mine)]
     targets, tokens = processes.total(counts)
 
     # -- gradient of the mean loss: summed losses / targets, one micro-batch after another ----------------------
