@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from small_models import FAMILIES, make_model, make_tokenizer
 from thriftune.errors import DoesNotFitError, InputError, ModelError
 from thriftune.methods import METHODS
+from thriftune.model_files import tensor_shapes
 from thriftune.models import describe_model, find_model_folder, load_model, load_tokenizer, weight_files
 from thriftune.models import load as load_module
-from thriftune.models.files import tensor_shapes
-from thriftune.models.surgery import count_parameters, norms_to_float32
+from thriftune.models.surgery import count_parameters
 from thriftune.recipe import ModelRecipe, QuantRecipe, Recipe
 
 CPU = torch.device("cpu")
@@ -126,15 +126,32 @@ def test_the_other_ways_to_quantise_are_honoured(folder, quant):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "phi3"])
-def test_norms_and_adapter_train_in_float32_over_a_bfloat16_base(folders, kind, method):
+def test_the_adapter_trains_in_float32_over_a_bfloat16_base(folders, kind, method):
     loaded = load(folders[kind], torch.bfloat16, QuantRecipe() if METHODS[method].four_bit else None)
     model = METHODS[method].attach(loaded, Recipe(method=method, model=recipe_of(folders[kind])))
-    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-    assert norms and all(parameter.dtype == torch.float32 for norm in norms for parameter in norm.parameters())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and {parameter.dtype for parameter in trained} == {torch.float32}
     assert loaded.model.get_input_embeddings().weight.dtype == torch.bfloat16
-    assert norms_to_float32(model) == 0, "a second call has nothing left to change"
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    assert norms and {parameter.dtype for norm in norms for parameter in norm.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_no_wide_copy_of_an_activation_is_kept_over_a_bfloat16_base(folders, method):
+    """What the backward pass keeps in float32 is the two norms' inputs a layer, and nothing of the MLP's width."""
+    loaded = load(folders["llama"], torch.bfloat16, QuantRecipe() if METHODS[method].four_bit else None)
+    model = METHODS[method].attach(loaded, Recipe(method=method, model=recipe_of(folders["llama"])))
+    kept = []
+
+    def pack(tensor):
+        kept.append((tensor.dtype, tuple(tensor.shape)))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(24)[None] + 5, use_cache=False)
+    wide = loaded.description.intermediate_size
+    assert not [shape for dtype, shape in kept if dtype == torch.float32 and shape[-1:] == (wide,) and len(shape) == 3]
+    assert [shape for dtype, shape in kept if dtype == torch.bfloat16 and shape[-1:] == (wide,)]
 
 
 def test_a_float32_base_keeps_everything_float32(folder):
@@ -578,7 +595,7 @@ def test_a_revision_does_not_leave_the_cache(revision, tmp_path, monkeypatch):
 TIMED = """
 import json, os, sys, time
 from thriftune.errors import ModelError
-from thriftune.models.files import find_model_folder
+from thriftune.model_files import find_model_folder
 from thriftune.recipe import ModelRecipe
 found = []
 for endpoint in sys.argv[1:]:

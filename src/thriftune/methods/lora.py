@@ -16,7 +16,6 @@ from torch import nn
 
 from thriftune.errors import CheckpointError, DoesNotFitError, ModelError, RecipeError
 from thriftune.models import LoadedModel
-from thriftune.models.surgery import norms_to_float32
 from thriftune.recipe import LoraRecipe, Recipe, did_you_mean
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -100,8 +99,6 @@ class LoraMethod:
         _make_plain(config, recipe)
         if problems := _unmatched_patterns(model, recipe.lora):
             raise RecipeError(problems, "the recipe")
-        if loaded.base_dtype != torch.float32:
-            norms_to_float32(model)
         for name, parameter in model.named_parameters():
             if (parameter.requires_grad or ".lora_" in name) and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
@@ -284,7 +281,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from thriftune.models.files import tensor_shapes
+    from thriftune.model_files import tensor_shapes
 
     try:
         tensor_shapes(path)

@@ -49,22 +49,6 @@ def dequantise(model: Any) -> nn.Module:
     return plain
 
 
-def norms_to_float32(model: nn.Module) -> int:
-    """Bring the weights of normalisation layers to float32, about 1 MB in an 8B model. Returns the layers changed.
-
-    Used with autocast in training: products stay in the base's type, the scales of the residual stream are exact.
-    """
-    changed = 0
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        is_norm = "norm" in type(module).__name__.lower()
-        vectors = all(parameter.ndim == 1 and parameter.is_floating_point() for parameter in own)
-        if is_norm and own and vectors and own[0].dtype != torch.float32:
-            module.float()
-            changed += 1
-    return changed
-
-
 def count_parameters(model: nn.Module) -> int:
     """All parameters, shared ones once; a 4-bit weight counts its logical elements (it stores two in a byte)."""
     total = 0

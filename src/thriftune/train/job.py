@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,19 @@ class TrainJob:
         return accepts_logits_to_keep(self.model)
 
     def autocast(self) -> torch.autocast:
+        """Without its cache of cast weights: a weight is used once a forward pass, and with recomputation the cache
+        would hold a bfloat16 copy of every trained weight until the pass ends (2 bytes a parameter when all train)."""
         kind = self.autocast_dtype
-        return torch.autocast(self.processes.device.type, dtype=kind, enabled=kind is not None)
+        return torch.autocast(self.processes.device.type, dtype=kind, enabled=kind is not None, cache_enabled=False)
+
+    def product_types(self) -> AbstractContextManager[Any]:
+        """Around a run: under autocast PEFT need not copy a layer's input to float32, the product is in bfloat16."""
+        if self.autocast_dtype is None or self.method.name == "full":
+            return nullcontext()
+        from peft.helpers import disable_input_dtype_casting
+
+        casting: AbstractContextManager[Any] = disable_input_dtype_casting(self.model)
+        return casting
 
 
 @dataclass(frozen=True)
