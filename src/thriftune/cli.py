@@ -64,6 +64,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check model and data, print, train nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even when the plan says that it does not fit.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tune a model: audit the data, train, save the result, the metrics and a record.
@@ -77,18 +78,13 @@ def train(
     from thriftune.data import audit_lines, example_segments
     from thriftune.run import prepare_run, run
 
-    prepared = prepare_run(recipe)
+    prepared = prepare_run(recipe, force=force)
     first = prepared.data.train[0]
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         print_audit(console, audit_lines(prepared.data.audit), example_segments(first, prepared.tokenizer, longest=600))
-        console.print(
-            f"method {prepared.recipe.method} ({prepared.method_reason}); device {prepared.device}; output "
-            f"{prepared.recipe.output}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        for line in (*prepared.planned.lines(), _start_line(prepared)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if dry_run:
         _finish_dry_run(prepared, as_json)
         return
@@ -106,6 +102,11 @@ def train(
         typer.echo(record.model_dump_json())
     else:
         _print_record(record)
+
+
+def _start_line(prepared: Any) -> str:
+    method, reason = prepared.recipe.method, prepared.planned.reason
+    return f"method {method} ({reason}); device {prepared.device}; output {prepared.recipe.output}"
 
 
 def _finish_dry_run(prepared: Any, as_json: bool) -> None:
@@ -135,6 +136,45 @@ def _print_record(record: Any) -> None:
         f"result: {record.adapter}\n"
         f"try it: thriftune chat {Path(record.adapter).parent}"
     )
+
+
+@app.command()
+def plan(
+    words: Words = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your rows, as in train: times are for them. Else every row is max_length long.")
+    ] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="A GPU's name, 2xNAME for two, or local; may be repeated. Default: local.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="How many of each GPU.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="full, lora, qlora; repeated or with commas.")] = None,
+    prefer: Annotated[str, typer.Option(help="balanced, speed, memory, quality, or cost.")] = "balanced",
+    article: Annotated[bool, typer.Option("--article", help="The methods side by side.")] = False,
+    config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what fits, how long it takes, what it costs and which method to take. Nothing is loaded or trained.
+
+    The model may be a hub id, a folder, or a name such as llama-3-8b; options are those of train.
+    """
+    from thriftune.plan.show import plan_text
+    from thriftune.planning import plan_words
+
+    named = [text.strip() for entry in method or [] for text in entry.split(",") if text.strip()]
+    recipe = _recipe(words, config, {"data": data})
+    found = plan_words(recipe, gpu_names=gpu or [], gpus=gpus, methods=named, prefer=prefer)
+    typer.echo(found.model_dump_json() if as_json else plan_text(found, article))
+
+
+@app.command(name="gpus")
+def gpus_command(as_json: Json = False) -> None:
+    """List the GPUs of the catalogue and of your own files, with memory, bandwidth and the cheapest price an hour."""
+    from thriftune.plan.show import gpu_table
+    from thriftune.planning import list_gpus
+
+    rows = list_gpus()
+    typer.echo(json.dumps({"gpus": rows}) if as_json else gpu_table(rows))
 
 
 @app.command(name="eval")
@@ -264,9 +304,19 @@ def _exists(word: str) -> bool:
         return False
 
 
+def _let_segments_grow() -> None:
+    """PyTorch's expandable segments, unless the user has set the allocator: measured on an H200, it then takes 0.3 to
+    2 % more from the driver than it hands out, instead of 3 to 8 %."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        for name in names:
+            os.environ[name] = "expandable_segments:True"
+
+
 def main() -> None:
     """The console script: an error of ours is three lines on standard error and its exit code, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _let_segments_grow()
     try:
         app()
     except ThriftuneError as error:

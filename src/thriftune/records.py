@@ -105,6 +105,61 @@ class EvalResult(Record):
     wall_s: float = 0.0
 
 
+class PlannedMethod(Record):
+    """What one method would take on one GPU. Sizes are bytes on each GPU, times seconds, money US dollars.
+
+    `memory` adds up to `peak_bytes`: weights, adapter, gradients, optimizer, activations, logits, workspace, runtime.
+    `cost_usd` is the whole run at each place that rents this GPU, and `electricity` at home.
+    """
+
+    method: str
+    fits: bool
+    peak_bytes: int
+    usable_bytes: int
+    allocated_bytes: int = Field(description="what PyTorch's allocator hands out at the peak")
+    reserved_bytes: int = Field(description="what it takes from the driver for that")
+    memory: dict[str, int]
+    trainable_parameters: int
+    total_parameters: int
+    tokens_per_s: float
+    step_s: float
+    run_s: float
+    cost_usd: dict[str, float]
+    limited_by: str
+    settings: dict[str, Any] = Field(description="recipe options that the numbers hold for")
+    path: Literal["engine", "generic"] = "generic"
+    notes: list[str] = Field(default_factory=list)
+
+
+class Recommendation(Record):
+    """`method` is None when nothing fits; the reasons then say what would."""
+
+    method: str | None
+    reasons: list[str]
+    command: str | None
+
+
+class GpuPlan(Record):
+    gpu: str
+    gpus: int = 1
+    methods: list[PlannedMethod]
+    recommended: Recommendation
+    notes: list[str] = Field(default_factory=list)
+
+
+class Plan(Record):
+    """Answer of `thriftune plan`: every method on every GPU asked about, and one recommendation for each GPU."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    model_source: str = Field(description="where the model's sizes come from")
+    data: str = Field(description="where the token counts come from, in words")
+    steps: int
+    tokens: int
+    gpus: list[GpuPlan]
+    notes: list[str] = Field(default_factory=list)
+
+
 class RunRecord(Record):
     """A run: what was asked, what happened, on what, with which versions."""
 
@@ -131,6 +186,8 @@ class RunRecord(Record):
     adapter: str | None = Field(description="folder of the result: a PEFT adapter, or a whole model for method full")
     events: list[str] = Field(default_factory=list)
     data: DataAudit | None = None
+    plan: PlannedMethod | None = Field(None, description="what the planner expected; the measurements stand beside it")
+    reserved_bytes: int = 0
     recipe: Recipe
     hardware: dict[str, Any]
     versions: dict[str, str]

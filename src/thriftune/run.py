@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from typing import Any
 import torch
 
 from thriftune.data import PreparedData, prepare
-from thriftune.errors import DiskFullError, InputError, OutputError, StoppedBySignal, ThriftuneError
+from thriftune.errors import DiskFullError, OutputError, StoppedBySignal, ThriftuneError
 from thriftune.machine import choose_device, hardware, quiet_libraries, versions
-from thriftune.methods import METHODS, Method, choose_method, needs_checkpointing, trainable_parameters
+from thriftune.methods import METHODS, Method, trainable_parameters
 from thriftune.models import LoadedModel, describe_model, load_model, load_tokenizer
 from thriftune.models.load import ModelDescription, choose_dtype
 from thriftune.models.surgery import count_parameters, enable_checkpointing
+from thriftune.plan.search import Device
+from thriftune.plan.work import Rows
+from thriftune.planning import RunPlan, cpu_device, own_gpu, plan_run, refuse_too_long, unknown_gpu
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import RunRecord, write_record, write_text_atomically
 from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
@@ -32,12 +35,13 @@ from thriftune.train.distributed import Processes
 from thriftune.train.observe import MetricsFile
 from thriftune.train.trackers import Trackers, start_processes
 
+PLAN_FILE = "plan.json"
 GENERIC_PATH_REASON = "transformers' model with autograd: the engine has not landed yet"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before anything is spent: files checked, data audited, method and output chosen."""
+    """All that is known before anything is spent: files checked, data audited, the run planned, output chosen."""
 
     recipe: Recipe
     description: ModelDescription
@@ -45,27 +49,51 @@ class Prepared:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-    method_reason: str
+    planned: RunPlan
 
 
-def prepare_run(recipe: Recipe) -> Prepared:
-    """Check the model's files, read and audit the data, choose method and output. Loads no weights, writes nothing."""
+def prepare_run(recipe: Recipe, *, force: bool = False) -> Prepared:
+    """Check the model's files, read and audit the data, plan, choose the output. Loads no weights, writes nothing.
+
+    Raises DoesNotFitError when the plan needs more memory than is free, unless `force`.
+    """
     quiet_libraries()
     device = choose_device()
+    place = _place(device)
     description = describe_model(recipe.model)
     dtype = choose_dtype(recipe.model, device)
-    method, reason = choose_method(recipe, description, device, dtype.itemsize)
     tokenizer = load_tokenizer(recipe.model, description.folder)
     data = prepare(recipe, tokenizer)
-    longest = data.audit.token_lengths.max
-    if description.max_positions is not None and longest > description.max_positions:
-        raise InputError(
-            given=f"longest row: {longest} tokens; positions of {recipe.model.name}: {description.max_positions}",
-            allowed=f"data.max_length up to {description.max_positions}",
-            do=f"run again with max_length={description.max_positions}",
-        )
-    resolved = _with_whole_paths(recipe).resolved(method, _output_folder(recipe, method))
-    return Prepared(resolved, description, data, tokenizer, device, dtype, reason)
+    refuse_too_long(data.audit.token_lengths.max, description.max_positions, recipe.model.name)
+    rows = Rows(
+        tokens=[len(example) for example in data.train],
+        targets=[example.num_targets for example in data.train],
+        count=len(data.train),
+        source=f"{data.train_rows.description}, every row",
+    )
+    planned = plan_run(recipe, rows, description.folder, place, force)
+    resolved = _with_whole_paths(recipe).resolved(planned.method, _output_folder(recipe, planned.method))
+    sizes = {
+        "per_device_train_batch_size": planned.rows_at_once,
+        "gradient_accumulation_steps": planned.accumulation,
+    }
+    resolved = resolved.model_copy(update={"train": resolved.train.model_copy(update=sizes)})
+    return Prepared(resolved, description, data, tokenizer, device, dtype, planned)
+
+
+def _place(device: torch.device) -> Device:
+    """The GPUs or the memory that the run is planned for. The driver is asked first: a context takes memory itself."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type != "cuda":
+        return cpu_device(count)
+    place = own_gpu(device.index, count)
+    if place is None:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        place = unknown_gpu(torch.cuda.get_device_name(device), total_bytes, free_bytes, count)
+    if not torch.cuda.is_initialized():
+        return place
+    spare_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return replace(place, usable_bytes=place.usable_bytes + spare_bytes)
 
 
 def _with_whole_paths(recipe: Recipe) -> Recipe:
@@ -90,9 +118,10 @@ def run(prepared: Prepared, *, observers: Sequence[Observer], command: str, resu
     try:
         return _run(prepared, observers, command, resume_command)
     except BaseException:
-        untouched = output.is_dir() and [path.name for path in output.iterdir()] == ["recipe.yaml"]
+        untouched = output.is_dir() and {path.name for path in output.iterdir()} <= {"recipe.yaml", PLAN_FILE}
         if untouched and not had_recipe and os.environ.get("RANK", "0") == "0":
-            (output / "recipe.yaml").unlink()
+            for name in ("recipe.yaml", PLAN_FILE):
+                (output / name).unlink(missing_ok=True)
             for folder in missing:
                 folder.rmdir()
         raise
@@ -104,7 +133,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     output = Path(recipe.output or "")
     accelerator, processes = start_processes(recipe, output, device)
     if processes.is_main:
-        _claim(output, recipe)
+        _claim(output, prepared)
     processes.barrier()
     method = METHODS[recipe.method]
     loaded = load_model(
@@ -141,6 +170,8 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             adapter=str(adapter) if adapter else None,
             events=watching.events,
             data=prepared.data.audit,
+            plan=prepared.planned.chosen,
+            reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             recipe=recipe,
             hardware=hardware(device),
             versions=versions(),
@@ -149,8 +180,10 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
         )
 
     trainable = trainable_parameters(model)
+    if prepared.planned.note:
+        watching.events.append(prepared.planned.note)
     try:
-        with _stop_signals() as stop, _lora_types(job):
+        with _stop_signals() as stop, job.product_types():
             outcome = train(job, watching, stop)
     except ThriftuneError as error:
         watching.events.append(error.given)
@@ -179,18 +212,7 @@ def _job(
     output: Path,
     resume_command: str,
 ) -> TrainJob:
-    recipe, device = prepared.recipe, prepared.device
-    settings = recipe.train
-    checkpointing = settings.gradient_checkpointing == "on" or (
-        settings.gradient_checkpointing == "auto"
-        and needs_checkpointing(
-            prepared.description,
-            settings.per_device_train_batch_size,
-            prepared.data.audit.token_lengths.max,
-            device,
-            prepared.dtype.itemsize,
-        )
-    )
+    recipe = prepared.recipe
     in_bfloat16 = loaded.base_dtype == torch.bfloat16
     return TrainJob(
         model=model,
@@ -203,7 +225,7 @@ def _job(
         output=output,
         autocast_dtype=torch.bfloat16 if in_bfloat16 else None,
         enable_checkpointing=lambda: enable_checkpointing(loaded.model),
-        checkpointing=checkpointing,
+        checkpointing=prepared.planned.checkpointing,
         identity=_identity(prepared, processes.world),
         resume_command=resume_command,
     )
@@ -265,16 +287,6 @@ def _stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _lora_types(job: TrainJob) -> AbstractContextManager[Any]:
-    """Under autocast PEFT need not copy a layer's input to float32 first: the product is in bfloat16 either way."""
-    if job.autocast_dtype is None or job.method.name == "full":
-        return nullcontext()
-    from peft.helpers import disable_input_dtype_casting
-
-    casting: AbstractContextManager[Any] = disable_input_dtype_casting(job.model)
-    return casting
-
-
 def _output_folder(recipe: Recipe, method: str) -> str:
     """The folder asked for, or runs/<model>-<data>-<method>, numbered when that run exists and is not to be resumed."""
     if recipe.output:
@@ -289,9 +301,10 @@ def _output_folder(recipe: Recipe, method: str) -> str:
     return str(candidates[first_free])
 
 
-def _claim(output: Path, recipe: Recipe) -> None:
-    """Make the run's folder and store the resolved recipe. Refuses a folder that holds a run, unless to go on with it;
-    then its recipe is replaced at the end, when the checkpoint has proved to be of the same run."""
+def _claim(output: Path, prepared: Prepared) -> None:
+    """Make the run's folder and store the resolved recipe and the plan. Refuses a folder that holds a run, unless to go
+    on with it; then its recipe is replaced at the end, when the checkpoint has proved to be of the same run."""
+    recipe, plan = prepared.recipe, prepared.planned.plan
     resuming = recipe.train.resume_from_checkpoint is not None
     holds_run = (output / "record.json").exists() or newest_checkpoint(output) is not None
     if holds_run and not resuming:
@@ -304,6 +317,8 @@ def _claim(output: Path, recipe: Recipe) -> None:
         output.mkdir(parents=True, exist_ok=True)
         if not holds_run:
             write_text_atomically(output / "recipe.yaml", dump_yaml(recipe))
+            if plan is not None:
+                write_record(output / PLAN_FILE, plan)
     except OSError as error:
         raise OutputError(
             given=f"{output} cannot be written to: {error.strerror or error}",

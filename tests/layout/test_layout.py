@@ -28,24 +28,29 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"recipe"},
     "hub": set(),
     "pocket": set(),
+    "model_files": {"recipe", "hub", "pocket"},
     "data": {"recipe", "records", "hub"},
-    "models": {"recipe", "hub", "pocket", "shapes", "quant", "kernels"},
-    "methods": {"recipe", "models", "shapes", "quant", "kernels"},
+    "models": {"recipe", "model_files", "shapes", "quant", "kernels"},
+    "methods": {"recipe", "model_files", "models", "shapes", "quant", "kernels"},
     "train": {"recipe", "records", "data", "methods.base"},
     "infer": {"recipe", "data", "models", "methods"},
     "evaluate": {"recipe", "records", "data", "infer"},
     "console": {"recipe", "records"},
     "machine": set(),
+    "shapes": set(),
+    "catalog": set(),
+    "plan": {"recipe", "records", "shapes", "catalog"},
     "target": {"recipe", "records", "data", "models", "methods", "hub"},
     "merging": {"recipe", "records", "data", "models", "methods", "infer", "target"},
-    "run": {"recipe", "records", "hub", "data", "models", "methods", "train", "infer", "evaluate", "pocket", "machine"},
+    "planning": {"recipe", "records", "hub", "model_files", "data", "shapes", "catalog", "plan"},
+    "run": {
+        *{"recipe", "records", "hub", "data", "models", "methods", "train", "infer", "evaluate", "pocket", "machine"},
+        *{"planning", "plan", "shapes", "catalog"},
+    },
     "serving": {"recipe", "records", "data", "infer", "evaluate", "target", "machine"},
     "demo": {"recipe", "records", "data", "target", "machine", "run", "serving", "console"},
     "doctor": {"hub", "machine"},
     # Waiting for their issue.
-    "shapes": set(),
-    "catalog": set(),
-    "plan": {"recipe", "records", "shapes", "catalog"},
     "report": {"recipe", "records", "shapes", "catalog", "plan"},
     "kernels": set(),
     "quant": set(),
@@ -53,11 +58,11 @@ ALLOWED: dict[str, set[str]] = {
     "compare": {"recipe", "records", "data", "infer", "evaluate", "report", "plan", "target", "run", "console"},
     "federated": {"recipe", "records", "data", "models", "methods", "train", "evaluate", "target", "run", "console"},
 }
-WAITING = {"shapes", "catalog", "plan", "report", "kernels", "quant", "engine", "compare", "federated"}
+WAITING = {"report", "kernels", "quant", "engine", "compare", "federated"}
 ALLOWED["cli"] = set(ALLOWED)
 TORCH_FREE = {
-    *{"errors", "units", "recipe", "records", "hub", "pocket", "console", "doctor", "cli"},
-    *{"shapes", "catalog", "plan", "report"},
+    *{"errors", "units", "recipe", "records", "hub", "pocket", "model_files", "data", "console", "doctor", "cli"},
+    *{"shapes", "catalog", "plan", "planning", "report"},
 }
 HEAVY = {"torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
 MAX_LINES = 400

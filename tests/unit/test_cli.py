@@ -22,7 +22,7 @@ from thriftune.records import RunRecord, read_record
 from thriftune.train.observe import read_metrics
 from tiny import tiny_rows
 
-VERBS = ["train", "eval", "chat", "predict", "merge", "demo", "doctor"]
+VERBS = ["train", "plan", "gpus", "eval", "chat", "predict", "merge", "demo", "doctor"]
 RECORD_KEYS = {
     *("method", "path", "trainable_parameters", "total_parameters", "steps", "loss", "tokens", "tokens_per_s"),
     *("peak_bytes", "wall_s", "adapter"),
@@ -233,7 +233,8 @@ def test_input_that_is_wrong_exits_2_and_leaves_nothing(train, here, words, says
 
 
 def test_too_little_memory_exits_3(run, base, here, monkeypatch):
-    monkeypatch.setattr("thriftune.methods.choose.free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr("thriftune.planning.run.machine_memory", lambda: (1000, 1000))
+    monkeypatch.setattr("thriftune.planning.devices.machine_memory", lambda: (1000, 1000))
     run("train", base, "--data", "rows.jsonl", "-o", "out").refused("even with qlora", "1000 B free", code=3)
     assert not (here / "out").exists()
 

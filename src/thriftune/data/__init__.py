@@ -4,6 +4,7 @@ from thriftune.data.audit import audit, audit_lines, example_segments
 from thriftune.data.batches import Batch, StepOrder, micro_batches, shared_out
 from thriftune.data.encoding import Encoded, Example, encode_answer, encode_prompt, encode_rows, stop_token_ids
 from thriftune.data.formats import Conversation, to_conversation
+from thriftune.data.lengths import RowLengths, measure_lengths
 from thriftune.data.prepare import PreparedData, prepare
 from thriftune.data.sources import Rows, load_file, load_rows
 
@@ -13,6 +14,7 @@ __all__ = [
     "Encoded",
     "Example",
     "PreparedData",
+    "RowLengths",
     "Rows",
     "StepOrder",
     "audit",
@@ -23,6 +25,7 @@ __all__ = [
     "example_segments",
     "load_file",
     "load_rows",
+    "measure_lengths",
     "micro_batches",
     "prepare",
     "shared_out",

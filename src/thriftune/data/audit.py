@@ -31,7 +31,7 @@ def audit(
 
     Raises DataError when nothing is left to train on, or when more than 30 % of the rows have no trained token.
     """
-    _refuse_hopeless(source, encoded, data)
+    refuse_hopeless(source, encoded, data)
     examples = encoded.examples
     lengths = np.array([len(example) for example in examples])
     tokens = int(lengths.sum())
@@ -75,7 +75,8 @@ def audit(
     )
 
 
-def _refuse_hopeless(source: str, encoded: Encoded, data: DataRecipe) -> None:
+def refuse_hopeless(source: str, encoded: Encoded, data: DataRecipe) -> None:
+    """Raise DataError when nothing is left to train on, or when more than 30 % of the rows have no trained token."""
     reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in encoded.dropped.items()) or "none was read"
     untrained = encoded.rows_without_trained_token
     candidates = len(encoded.examples) + untrained

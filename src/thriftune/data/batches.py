@@ -1,5 +1,7 @@
 """Which examples make a step, which process takes which of them, and how they become padded tensors.
 
+torch is imported inside the functions that need it: a plan reads the data too, and starts without it.
+
 Shapes: B rows at once, T tokens (of the longest of these rows).
 """
 
@@ -9,11 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from thriftune.data.encoding import Example
+
+if TYPE_CHECKING:
+    import torch
 
 NO_TARGET = -100
 _PADDING_ID = 0  # any id will do: padding is masked and is no target
@@ -67,6 +72,8 @@ class StepOrder:
 
 @lru_cache(maxsize=2)
 def _permutation(num_examples: int, seed: int) -> tuple[int, ...]:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randperm(num_examples, generator=generator).tolist())
 
@@ -120,6 +127,8 @@ def micro_batches(examples: Sequence[Example], rows_at_once: int) -> list[Batch]
 
 
 def _batch(examples: Sequence[Example]) -> Batch:
+    import torch
+
     shape = (len(examples), max(len(example) for example in examples))
     tokens_BT = np.full(shape, _PADDING_ID, dtype=np.int64)
     labels_BT = np.full(shape, NO_TARGET, dtype=np.int64)

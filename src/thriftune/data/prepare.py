@@ -31,15 +31,11 @@ def prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     """Load, draw, hold out, encode and audit. Eval rows come from `eval_split`, `eval_path` or `eval_fraction` (held
     out by the seed, never also trained); without these there are none. Raises DataError."""
     data = recipe.data
-    rows = load_rows(data, data.split)
-    eval_rows: Rows | None = None
+    rows, eval_rows = training_rows(recipe)
     if data.eval_split is not None:
         eval_rows = load_rows(data, data.eval_split)
     elif data.eval_path is not None:
         eval_rows = load_file(data.eval_path)
-    elif data.eval_fraction:
-        rows, eval_rows = _held_out(rows, data.eval_fraction, recipe.seed)
-    rows = _drawn(rows, data.max_samples, recipe.seed)
     encoded = encode_rows(rows, tokenizer, data)
     eval_examples: list[Example] = []
     if eval_rows is not None:
@@ -53,6 +49,15 @@ def prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     return PreparedData(
         encoded.examples, eval_examples, audit(rows.description, encoded, eval_examples, tokenizer, data), rows
     )
+
+
+def training_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
+    """(the rows to train on, those of the same source held out by `eval_fraction`). Raises DataError."""
+    data = recipe.data
+    rows, held_out = load_rows(data, data.split), None
+    if data.eval_fraction and data.eval_split is None and data.eval_path is None:
+        rows, held_out = _held_out(rows, data.eval_fraction, recipe.seed)
+    return _drawn(rows, data.max_samples, recipe.seed), held_out
 
 
 def _drawn(rows: Rows, most: int | None, seed: int) -> Rows:

@@ -1,7 +1,6 @@
 """Ways to adapt a model, in one explicit table."""
 
 from thriftune.methods.base import Method, trainable_parameters
-from thriftune.methods.choose import choose_method, free_memory_bytes, needs_checkpointing
 from thriftune.methods.full import FullMethod
 from thriftune.methods.lora import LoraMethod, load_adapter_weights
 
@@ -11,12 +10,4 @@ METHODS: dict[str, Method] = {
     "full": FullMethod(),
 }
 
-__all__ = [
-    "METHODS",
-    "Method",
-    "choose_method",
-    "free_memory_bytes",
-    "load_adapter_weights",
-    "needs_checkpointing",
-    "trainable_parameters",
-]
+__all__ = ["METHODS", "Method", "load_adapter_weights", "trainable_parameters"]

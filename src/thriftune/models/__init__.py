@@ -1,6 +1,6 @@
-"""Models and tokenizers: found and checked (`files.py`), loaded and quantised (`load.py`), changed (`surgery.py`)."""
+"""Models and tokenizers: loaded and quantised (`load.py`), changed (`surgery.py`); found by `thriftune.model_files`."""
 
-from thriftune.models.files import find_model_folder, local_path, weight_files
+from thriftune.model_files import find_model_folder, local_path, weight_files
 from thriftune.models.load import LoadedModel, describe_model, load_model, load_tokenizer
 
 __all__ = [

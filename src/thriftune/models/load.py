@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from thriftune.errors import DoesNotFitError, ModelError
-from thriftune.models.files import ALLOWED_MODEL, find_model_folder, read_config, tensor_shapes, weight_files
+from thriftune.model_files import ALLOWED_MODEL, find_model_folder, read_config, tensor_shapes, weight_files
 from thriftune.models.surgery import keep_four_bit_weights_as_they_are
 from thriftune.recipe import ModelRecipe, QuantRecipe
 

@@ -1,0 +1,178 @@
+"""The answer to "what would this run take": every method on every GPU asked about, and one recommendation for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from thriftune.catalog.rows import Gpu
+from thriftune.plan.adapter import adapter_of
+from thriftune.plan.advise import (
+    Prefer,
+    few_rows_warning,
+    paged_optimizer_note,
+    recommend,
+    several_gpus_note,
+    sharded_full_note,
+    stacked_experts_note,
+)
+from thriftune.plan.command import train_command
+from thriftune.plan.cost import Market, price_notes, run_dollars
+from thriftune.plan.memory import optimizer_of
+from thriftune.plan.search import Candidate, Case, Device, candidates, choose, longest_that_fits, smallest_gpu
+from thriftune.plan.time import efficiency_of
+from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
+from thriftune.units import format_bytes
+
+METHODS = ("full", "lora", "qlora")
+NO_TIME = "not estimated"  # limited_by where there is no GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A case and how its answer is wanted. `data_named`: the rows' lengths are of a person's data, not assumed."""
+
+    case: Case
+    methods: Sequence[str]
+    prefer: Prefer
+    data_named: bool
+    model_source: str
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(question: Question, devices: Sequence[Device], market: Market) -> Plan:
+    """Raises InputError when an adapter's targets match nothing in the model."""
+    case = question.case
+    work = case.work(case.recipe.train.per_device_train_batch_size, devices[0].count)
+    warning = few_rows_warning(case.rows.count, question.data_named)
+    return Plan(
+        model=case.recipe.model.name,
+        model_source=question.model_source,
+        data=case.rows.source,
+        steps=work.steps,
+        tokens=work.tokens,
+        gpus=[plan_gpu(question, device, market) for device in devices],
+        notes=[*question.notes, *case.shape.notes, *([warning] if warning else [])],
+    )
+
+
+def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
+    case = question.case
+    planned = [plan_method(case, method, device, market) for method in question.methods]
+    chosen, reasons = recommend(planned, question.prefer)
+    by_name = {plan.method: plan for plan in planned}
+    paged = paged_optimizer_note(by_name.get("qlora"), device.gpu) if device.gpu else None
+    if chosen is None:
+        closest = min(planned, key=lambda plan: plan.peak_bytes)
+        reasons += [f"{closest.method} {note}" for note in closest.notes]
+        reasons += [paged] if paged else []
+    else:
+        reasons += [f"{chosen.method} {note}" for note in chosen.notes]
+    command = None
+    if chosen is not None:
+        command = train_command(case.recipe, chosen, device.count, question.data_named)
+    notes = [
+        several_gpus_note(device.count, planned),
+        sharded_full_note(by_name.get("full"), device.count) if device.gpu else None,
+        stacked_experts_note(case.shape, question.methods),
+        paged if chosen is not None else None,
+        *_notes_of_gpu(device, market),
+    ]
+    return GpuPlan(
+        gpu=device.gpu.key if device.gpu else "cpu",
+        gpus=device.count,
+        methods=planned,
+        recommended=Recommendation(method=chosen.method if chosen else None, reasons=reasons, command=command),
+        notes=[note for note in notes if note],
+    )
+
+
+def _notes_of_gpu(device: Device, market: Market) -> list[str]:
+    gpu = device.gpu
+    if gpu is None:
+        return ["time is not estimated for CPUs"]
+    notes = []
+    if not efficiency_of(gpu).measured:
+        notes.append(
+            "times are from this GPU's stated rates and the shares of them that an H200 reached: nobody has measured "
+            "this kind of GPU with thriftune yet"
+        )
+    if gpu.unified_memory:
+        notes.append("thriftune trains on CUDA GPUs and CPUs today; the numbers are what this GPU would need")
+    return [*notes, *price_notes(market.prices_of(gpu), device.count, market.today)]
+
+
+def plan_method(case: Case, method: str, device: Device, market: Market) -> PlannedMethod:
+    """One method with the best settings that the recipe leaves open; the smallest ones when nothing fits."""
+    adapter = adapter_of(case.shape, case.recipe.lora, method)
+    chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
+    fits = chosen.memory.peak_bytes <= device.usable_bytes
+    time, work = chosen.time, chosen.work
+    run_s = time.step_s * work.steps if time else 0.0
+    cost = {}
+    if device.gpu is not None:
+        cost = run_dollars(device.gpu, device.count, run_s, market.prices_of(device.gpu), market.electricity)
+    return PlannedMethod(
+        method=method,
+        fits=fits,
+        peak_bytes=chosen.memory.peak_bytes,
+        usable_bytes=device.usable_bytes,
+        allocated_bytes=chosen.memory.allocated_bytes,
+        reserved_bytes=chosen.memory.reserved_bytes,
+        memory=chosen.memory.parts,
+        trainable_parameters=adapter.trained,
+        total_parameters=case.shape.total_parameters,
+        tokens_per_s=time.tokens_per_s if time else 0.0,
+        step_s=time.step_s if time else 0.0,
+        run_s=run_s,
+        cost_usd=cost,
+        limited_by=time.limited_by if time else NO_TIME,
+        settings=chosen.settings(case.recipe, optimizer_of(case.recipe, method, device.gpu is not None)),
+        notes=_settings_notes(case, chosen) if fits else _what_would_fit(case, method, device, chosen, market),
+    )
+
+
+def _settings_notes(case: Case, chosen: Candidate) -> list[str]:
+    """Sentences without their subject, the method."""
+    asked = case.recipe.train.per_device_train_batch_size
+    rows = f"{chosen.work.rows} row{'s' if chosen.work.rows > 1 else ''}"
+    notes = [f"takes {rows} at once, up to {chosen.work.rows * chosen.work.length:,} tokens with padding"]
+    if chosen.rows_at_once < asked:
+        notes.append(
+            f"accumulates {chosen.accumulation} micro-batches instead of {case.rows_a_step // asked}, for memory"
+        )
+    if chosen.checkpointing and case.recipe.train.gradient_checkpointing == "auto":
+        notes.append("recomputes activations in the backward pass, for memory")
+    return notes
+
+
+def _what_would_fit(case: Case, method: str, device: Device, smallest: Candidate, market: Market) -> list[str]:
+    """By how much it does not fit, and the nearest changes with which it would."""
+    peak = smallest.memory.peak_bytes
+    notes = [
+        f"needs {format_bytes(peak)} at its smallest settings, {format_bytes(peak - device.usable_bytes)} more than "
+        f"the {format_bytes(device.usable_bytes)} that are usable"
+    ]
+    free = replace(case, free=True)
+    freed = choose(candidates(free, method, device), device.usable_bytes)
+    if freed.memory.peak_bytes <= device.usable_bytes:
+        switch = "on" if freed.checkpointing else "off"
+        notes.append(
+            f"fits with per_device_train_batch_size={freed.rows_at_once} "
+            f"gradient_accumulation_steps={freed.accumulation} gradient_checkpointing={switch}"
+        )
+        return notes
+    length = longest_that_fits(free, method, device, freed)
+    if length is not None:
+        notes.append(f"fits with max_length={length} ({freed.rows_at_once} rows at once)")
+    gpu = smallest_gpu(free, method, market.gpus, freed)
+    if gpu is not None:
+        notes.append(f"fits on {gpu.key} ({format_bytes(gpu.usable_bytes)} usable{_price_of(gpu, market)})")
+    else:
+        notes.append("fits on no single GPU of the catalogue")
+    return notes
+
+
+def _price_of(gpu: Gpu, market: Market) -> str:
+    offers = market.prices_of(gpu)
+    return f", from ${offers[0].usd_per_hour:.2f} an hour" if offers else ""

@@ -1,0 +1,172 @@
+"""The settings a method runs with on one GPU: what the recipe fixes stays, the rest is the fastest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from thriftune.catalog.rows import Gpu
+from thriftune.plan.adapter import Adapter, adapter_of
+from thriftune.plan.memory import memory_of, setup_of
+from thriftune.plan.time import time_of
+from thriftune.plan.values import Memory, Time, Work
+from thriftune.plan.work import Rows, work_of
+from thriftune.recipe import Recipe
+from thriftune.shapes import ModelShape
+
+SHORTEST_ROWS = 16  # tokens; below that no training is worth a plan
+ROWS = "per_device_train_batch_size"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`count` equal GPUs, each with `usable_bytes` for the run; without a `gpu`, a computer's own memory."""
+
+    gpu: Gpu | None
+    count: int
+    usable_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is asked: this model, trained by this recipe, on rows of these lengths. `free` leaves rows at once and
+    recomputation to the planner even where the recipe names them."""
+
+    shape: ModelShape
+    recipe: Recipe
+    rows: Rows
+    free: bool = False
+    _works: dict[tuple[int, int], Work] = field(default_factory=dict, compare=False)
+
+    def work(self, rows_at_once: int, gpus: int) -> Work:
+        """The work of a step with so many rows at once and the recipe's rows a step, drawn once for all methods."""
+        key = (rows_at_once, gpus)
+        if key not in self._works:
+            self._works[key] = work_of(self.rows, self.recipe_with(rows_at_once), gpus)
+        return self._works[key]
+
+    @property
+    def rows_a_step(self) -> int:
+        """Examples an optimizer step, on each GPU."""
+        train = self.recipe.train
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    def recipe_with(self, rows_at_once: int) -> Recipe:
+        accumulated = self.rows_a_step // rows_at_once
+        changes = {ROWS: rows_at_once, "gradient_accumulation_steps": accumulated}
+        return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update=changes)})
+
+    def cut_to(self, length: int) -> Case:
+        """The same rows with at most `length` tokens; answers stand at a row's end and are cut last."""
+        tokens = tuple(min(count, length) for count in self.rows.tokens)
+        targets = tuple(min(count, length - 1) for count in self.rows.targets)
+        return Case(self.shape, self.recipe, replace(self.rows, tokens=tokens, targets=targets), self.free)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a method, and what it takes. `time` is None on a CPU, for which none is estimated."""
+
+    rows_at_once: int
+    accumulation: int
+    checkpointing: bool
+    work: Work
+    memory: Memory
+    time: Time | None
+
+    def settings(self, recipe: Recipe, optimizer: str) -> dict[str, Any]:
+        """The recipe options that this candidate's numbers hold for."""
+        train = recipe.train
+        found: dict[str, Any] = {
+            ROWS: self.rows_at_once,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_checkpointing": "on" if self.checkpointing else "off",
+            "max_length": recipe.data.max_length,
+            "optim": optimizer,
+        }
+        if train.max_steps > 0:
+            found["max_steps"] = train.max_steps
+        else:
+            found["num_train_epochs"] = train.num_train_epochs
+        return found
+
+
+def allowed_settings(case: Case) -> Iterator[tuple[int, bool]]:
+    """(rows at once, recompute), the most convenient first: as asked for; recomputing; fewer rows at once; both.
+
+    The examples of a step stay the same, so only rows at once that divide them are tried. Rows at once that the recipe
+    names, and recomputation that it switches on or off, are not changed.
+    """
+    train = case.recipe.train
+    asked = train.per_device_train_batch_size
+    if ROWS in train.model_fields_set and not case.free:
+        counts = [asked]
+    else:
+        counts = [count for count in range(asked, 0, -1) if case.rows_a_step % count == 0]
+    switch = "auto" if case.free else train.gradient_checkpointing
+    switches = {"on": (True,), "off": (False,), "auto": (False, True)}[switch]
+    for some in (counts[:1], counts[1:]):
+        for recompute in switches:
+            for count in some:
+                yield count, recompute
+
+
+def candidates(case: Case, method: str, device: Device, adapter: Adapter | None = None) -> list[Candidate]:
+    """Every way the recipe leaves open, in the order of `allowed_settings`. Raises InputError for wrong targets."""
+    adapter = adapter or adapter_of(case.shape, case.recipe.lora, method)
+    found = []
+    for rows_at_once, recompute in allowed_settings(case):
+        setup = setup_of(case.recipe, method, recompute, device.gpu is not None)
+        work = case.work(rows_at_once, device.count)
+        memory = memory_of(case.shape, adapter, setup, work, device.gpu)
+        time = None
+        if device.gpu is not None:
+            time = time_of(case.shape, adapter, setup, work, device.gpu, device.count)
+        found.append(Candidate(rows_at_once, case.rows_a_step // rows_at_once, recompute, work, memory, time))
+    return found
+
+
+def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
+    """The fastest that fits; of equally fast ones, and where no time is known, the first. The smallest if none fits."""
+    found = list(found)
+    fitting = [candidate for candidate in found if candidate.memory.peak_bytes <= usable_bytes]
+    if fitting:
+        return min(fitting, key=lambda candidate: candidate.time.step_s if candidate.time else 0.0)
+    return min(found, key=lambda candidate: candidate.memory.peak_bytes)
+
+
+def least_bytes(case: Case, method: str, gpu: Gpu | None, rows_at_once: int, recompute: bool, gpus: int = 1) -> int:
+    """Bytes at the peak of one setting."""
+    adapter = adapter_of(case.shape, case.recipe.lora, method)
+    setup = setup_of(case.recipe, method, recompute, gpu is not None)
+    return memory_of(case.shape, adapter, setup, case.work(rows_at_once, gpus), gpu).peak_bytes
+
+
+def longest_that_fits(case: Case, method: str, device: Device, smallest: Candidate) -> int | None:
+    """The largest max_length with which the smallest setting fits, found by bisection; None when none does."""
+
+    def fits(length: int) -> bool:
+        peak = least_bytes(
+            case.cut_to(length), method, device.gpu, smallest.rows_at_once, smallest.checkpointing, device.count
+        )
+        return peak <= device.usable_bytes
+
+    low, high = SHORTEST_ROWS, max(case.rows.tokens)
+    if high <= low or not fits(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low - low % 64 if low >= 128 else low
+
+
+def smallest_gpu(case: Case, method: str, gpus: Iterable[Gpu], smallest: Candidate) -> Gpu | None:
+    """The GPU with the least memory on which the smallest setting fits. Unified memory is left out: no 4-bit kernels,
+    and nothing of ours runs there yet."""
+    for gpu in sorted(gpus, key=lambda gpu: (gpu.usable_bytes, gpu.key)):
+        if gpu.unified_memory or gpu.usable_bytes < smallest.memory.parts["weights"]:
+            continue
+        if least_bytes(case, method, gpu, smallest.rows_at_once, smallest.checkpointing) <= gpu.usable_bytes:
+            return gpu
+    return None

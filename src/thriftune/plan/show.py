@@ -1,0 +1,215 @@
+"""A plan as a person reads it, in at most 100 columns."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from thriftune.plan.cost import ELECTRICITY, cheapest
+from thriftune.plan.values import PARTS
+from thriftune.records import GpuPlan, Plan, PlannedMethod
+from thriftune.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
+
+WIDTH = 100
+ARTICLE_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+def plan_text(plan: Plan, article: bool = False) -> str:
+    """The whole answer; with `article` the methods side by side instead of one a line."""
+    lines = [
+        f"{plan.model}: {plan.model_source}",
+        f"data: {plan.data}",
+        f"run: {plan.steps:,} steps, {plan.tokens:,} tokens",
+    ]
+    lines = [part for line in lines for part in _wrapped(line, "  ")]
+    for found in plan.gpus:
+        lines += ["", *_gpu_lines(found, article)]
+    if plan.notes:
+        lines += ["", *_listed("notes", plan.notes)]
+    return "\n".join(lines)
+
+
+def _gpu_lines(found: GpuPlan, article: bool) -> list[str]:
+    name = f"{found.gpus} x {found.gpu}" if found.gpus > 1 else found.gpu
+    lines = [f"{name}: {format_bytes(found.methods[0].usable_bytes)} usable" + (" each" if found.gpus > 1 else "")]
+    lines += _indented(_article_rows(found) if article else _method_rows(found.methods))
+    if not article:
+        trained = (f"{plan.method} {_trainable_words(plan)}" for plan in found.methods)
+        lines += [f"  trainable parameters: {', '.join(trained)}", "", *_indented(_part_rows(found.methods))]
+        for plan in found.methods:
+            if not plan.fits:
+                lines += ["", *_listed(f"{plan.method} does not fit", plan.notes)]
+    chosen = found.recommended
+    lines += ["", *_listed(f"recommended: {chosen.method or 'nothing here'}", chosen.reasons)]
+    if chosen.command is not None:
+        lines += ["", *_command_lines(chosen.command)]
+    for plan in found.methods:
+        if plan.method == chosen.method and plan.cost_usd:
+            lines += ["", *_listed(f"the run ({format_seconds(plan.run_s)}) costs", [_costs(plan)])]
+    if found.notes:
+        lines += ["", *_listed(f"about {name}", found.notes)]
+    return lines
+
+
+def _method_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
+    rows = [["", "fits", "peak", "tokens/s", "a step", "the run", "rent", "limited by"]]
+    for plan in methods:
+        rows.append(
+            [
+                plan.method,
+                fit_words(plan),
+                format_bytes(plan.peak_bytes),
+                *_pace(plan),
+                _cheapest_words(plan),
+                plan.limited_by,
+            ]
+        )
+    return rows
+
+
+def _trainable_words(plan: PlannedMethod) -> str:
+    share = format_share(plan.trainable_parameters, plan.total_parameters)
+    return f"{format_count(plan.trainable_parameters)} ({share})"
+
+
+def fit_words(plan: PlannedMethod) -> str:
+    if plan.fits:
+        return "yes"
+    return f"no, +{format_bytes(plan.peak_bytes - plan.usable_bytes)}"
+
+
+def _pace(plan: PlannedMethod) -> list[str]:
+    if not plan.step_s:
+        return ["-", "-", "-"]
+    return [format_count(round(plan.tokens_per_s)), format_seconds(plan.step_s), format_seconds(plan.run_s)]
+
+
+def _cheapest_words(plan: PlannedMethod) -> str:
+    found = cheapest(plan.cost_usd)
+    return dollars(found[1]) if found else "-"
+
+
+def dollars(amount: float) -> str:
+    """Two digits that mean something: $0.0031, $0.42, $13.20, $640."""
+    if amount >= 100:
+        return f"${amount:,.0f}"
+    return f"${amount:.2f}" if amount >= 0.095 or not amount else f"${amount:.2g}"
+
+
+def _part_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
+    small = max(plan.peak_bytes for plan in methods) < 2 * GIB
+    unit, digits, name = (MIB, 1, "MiB") if small else (GIB, 2, "GiB")
+    rows = [[name, *PARTS, "peak"]]
+    for plan in methods:
+        sizes = (*(plan.memory[part] for part in PARTS), plan.peak_bytes)
+        rows.append([plan.method, *(f"{size / unit:.{digits}f}" for size in sizes)])
+    return rows
+
+
+def _article_rows(found: GpuPlan) -> list[list[str]]:
+    methods = found.methods
+    settings = methods[0].settings
+    span = f"for {settings['max_steps']:,} steps" if "max_steps" in settings else "an epoch"
+    epochs = settings.get("num_train_epochs", 1.0)
+    return [
+        ["", *(ARTICLE_NAMES.get(plan.method, plan.method) for plan in methods)],
+        ["trainable parameters", *(f"{plan.trainable_parameters:,}" for plan in methods)],
+        ["share", *(format_share(plan.trainable_parameters, plan.total_parameters) for plan in methods)],
+        ["memory", *(format_bytes(plan.peak_bytes) for plan in methods)],
+        ["fits", *(fit_words(plan) for plan in methods)],
+        [f"time {span}", *(format_seconds(plan.run_s / epochs) if plan.step_s else "-" for plan in methods)],
+        [f"rent {span}", *(_money(cheapest(plan.cost_usd), epochs) for plan in methods)],
+        [f"electricity {span}", *(_money(_electricity(plan), epochs) for plan in methods)],
+    ]
+
+
+def _electricity(plan: PlannedMethod) -> tuple[str, float] | None:
+    return next((item for item in plan.cost_usd.items() if item[0] == ELECTRICITY), None)
+
+
+def _money(found: tuple[str, float] | None, epochs: float) -> str:
+    return dollars(found[1] / epochs) if found else "-"
+
+
+def _costs(plan: PlannedMethod) -> str:
+    ordered = sorted(plan.cost_usd.items(), key=lambda item: item[1])
+    return "; ".join(f"{place} {dollars(amount)}" for place, amount in ordered)
+
+
+def _indented(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell: the first to the left, the others to the right, text after numbers left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def _command_lines(command: str) -> list[str]:
+    """The command over several lines, of which a shell makes one again."""
+    lines = ["  "]
+    for word in map(shlex.quote, shlex.split(command)):
+        if len(lines[-1]) + len(word) + 3 > WIDTH and lines[-1].strip():
+            lines[-1] += "\\"
+            lines.append("      ")
+        lines[-1] += f"{word} "
+    return [line.rstrip() for line in lines]
+
+
+def _listed(title: str, texts: Sequence[str]) -> Iterator[str]:
+    yield f"  {title}:"
+    for text in texts:
+        yield from _wrapped(f"    - {text}", "      ")
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+
+
+def three_lines(found: GpuPlan, plan: PlannedMethod) -> list[str]:
+    """What `train` says before it starts: memory by its largest parts; time and cost; why this method, what limits."""
+    parts = sorted(plan.memory.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
+    where = "of memory" if found.gpu == "cpu" else "free"
+    memory = f"plan: peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.usable_bytes)} {where}: {shown}" + (
+        "" if plan.fits else " -- DOES NOT FIT"
+    )
+    time = "plan: time is not estimated for CPUs"
+    if plan.step_s:
+        costs = "; ".join(f"{dollars(amount)} {place}" for place, amount in _two_costs(plan))
+        time = f"plan: {format_seconds(plan.step_s)} a step, {format_seconds(plan.run_s)} in all; {costs}"
+    chosen = found.recommended.method == plan.method and len(found.methods) > 1
+    reason = found.recommended.reasons[0] if chosen else f"{plan.method}: asked for"
+    rows = plan.settings["per_device_train_batch_size"]
+    how = f"rows at once: {rows}; recomputation {plan.settings['gradient_checkpointing']}"
+    limit = f"; limited by {plan.limited_by}" if plan.step_s else ""
+    return [memory, time, f"plan: {reason}; {how}{limit}"]
+
+
+def _two_costs(plan: PlannedMethod) -> list[tuple[str, float]]:
+    """The cheapest rent and the electricity."""
+    return list(dict(found for found in (cheapest(plan.cost_usd), _electricity(plan)) if found).items())
+
+
+def gpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The GPUs of the catalogue, one a line: `thriftune gpus`."""
+    cells = [["gpu", "memory", "GB/s", "W", "$ an hour", "at", "seen"]]
+    for row in rows:
+        price = row["usd_per_hour"]
+        cells.append(
+            [
+                row["gpu"],
+                format_bytes(row["memory_bytes"]),
+                f"{row['bandwidth_bytes_per_s'] / 1e9:,.0f}",
+                f"{row['power_w']:.0f}",
+                f"{price:.2f}" if price is not None else "-",
+                row["provider"] or "-",
+                row["price_date"] or "-",
+            ]
+        )
+    return "\n".join(line.removeprefix("  ") for line in _indented(cells))
