@@ -258,7 +258,7 @@ def _attention_saved(layer: Layer, linears: list[Linear], hidden: int, setup: Se
     kept = float(value * (query + key + attention.kv_heads * attention.value_dim + result))
     kept += WIDE * attention.heads  # log of the softmax's sum
     if layer.norms % hidden >= attention.head_dim > 0:  # norms of each head's query and key
-        kept += WIDE * (query + key) * (2 if setup.method == "full" else 1)
+        kept += (WIDE + (value if setup.method == "full" else 0)) * (query + key)
     if setup.eager_attention:
         kept += attention.heads * length * (WIDE + 2 * value)
     return kept
