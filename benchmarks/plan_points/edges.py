@@ -94,8 +94,7 @@ def planned(model: str, method: str, recompute: bool, rows: int, length: int) ->
 
 def run(edges: list[Edge], results: Path, until: float) -> None:
     import torch
-    from layers import random_model
-    from points import Point, RanOutError, examples_of, free_everything, job_of, measure
+    from points import Point, RanOutError, examples_of, free_everything, job_of, load_random, measure
 
     from thriftune.machine import hardware, quiet_libraries, versions
     from thriftune.methods import METHODS
@@ -110,7 +109,7 @@ def run(edges: list[Edge], results: Path, until: float) -> None:
         for (model, method), group in groupby(edges, key=lambda edge: (edge.model, edge.method)):
             torch.cuda.set_per_process_memory_fraction(1.0, device)
             free_everything(device)
-            loaded, attached = random_model(SHAPES[model], four_bit=method == "qlora", device=device), None
+            loaded, attached = load_random(SHAPES[model], method, device), None
             for edge in group:
                 if time.perf_counter() > until:
                     print("out of time before", edge, flush=True)

@@ -16,10 +16,11 @@ from torch import nn
 
 from thriftune.data import Example
 from thriftune.errors import ThriftuneError
+from thriftune.measure import random_model
 from thriftune.methods import METHODS
 from thriftune.models import LoadedModel
 from thriftune.models.surgery import enable_checkpointing
-from thriftune.recipe import Recipe, read_recipe
+from thriftune.recipe import QuantRecipe, Recipe, read_recipe
 from thriftune.records import StepMetrics
 from thriftune.train import Observers, StopRequest, TrainJob, train
 from thriftune.train.distributed import Processes
@@ -62,6 +63,16 @@ class Collector:
     def saved(self, folder: Path) -> None: ...
 
     def end(self) -> None: ...
+
+
+def load_random(config: dict[str, Any], method: str, device: torch.device) -> LoadedModel:
+    return random_model(
+        config,
+        device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        attention="sdpa",
+        quant=QuantRecipe() if METHODS[method].four_bit else None,
+    )
 
 
 def examples_of(batch: str, steps: int, vocabulary: int, lengths_file: Path | None) -> tuple[list[Example], int, int]:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 from fit import work_of_point
-from layers import measure_step_s, random_model
-from points import Point, examples_of, free_everything, job_of, measure
+from points import Point, examples_of, free_everything, job_of, load_random, measure
 from shapes_measured import SHAPES
 
 from thriftune.errors import ThriftuneError
 from thriftune.machine import hardware, quiet_libraries, versions
+from thriftune.measure import Step, measure_step
 from thriftune.methods import METHODS
 from thriftune.recipe import read_recipe
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 def run_group(shape, method, cases, steps, device, lengths, file, until) -> None:
     free_everything(device)
-    loaded = random_model(SHAPES[shape], four_bit=method == "qlora", device=device)
+    loaded = load_random(SHAPES[shape], method, device)
     model = None
     for batch, recompute in cases:
         if time.perf_counter() > until:
@@ -105,7 +105,8 @@ def by_layers_s(row, device) -> float | None:
     options = [f"method={row['method']}"] + ([] if row["method"] == "full" else [f"lora_r={row['r']}"])
     recipe = read_recipe(None, options, {})
     try:
-        return measure_step_s(SHAPES[row["model"]], recipe, row["method"], row["recompute"], work_of_point(row), device)
+        step = Step(recipe, row["method"], row["recompute"], work_of_point(row), device)
+        return measure_step(SHAPES[row["model"]], step).step_s
     except ThriftuneError as error:
         print("not measured by layers:", error.given, flush=True)
         return None

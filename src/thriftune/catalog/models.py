@@ -1,8 +1,8 @@
 """The models of the catalogue: what their config.json says, found by any of the ways people write their names.
 
 A row's `config` has the keys from which the shape is computed, under the names that transformers gives them.
-`parameters` is the text model's count as transformers builds it, on the row's date; `source` is the public place of its
-config.
+`parameters` is the count of what transformers builds for causal language modelling, on the row's date; `source` is the
+public place of its config.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ class CatalogModel:
     date: date
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """What describes the text model: the whole config, or its text part."""
+        inner: dict[str, Any] = self.config.get("text_config", self.config)
+        return inner
+
+    @property
     def model_type(self) -> str:
-        return str(self.config["model_type"])
+        return str(self.text_config["model_type"])
 
     @property
     def stored_dtype(self) -> str | None:
@@ -43,7 +49,7 @@ class CatalogModel:
 
     @property
     def max_positions(self) -> int | None:
-        return self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        return self.text_config.get("max_position_embeddings") or self.text_config.get("n_positions")
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """What a LoRA adapter adds to a shape: the matrices that PEFT would adapt, each with its rank, and their parameters.
 
-Names follow PEFT: `all-linear` is every linear but the head; a list's name stands for each module whose full path is
-that name or ends with it after a dot; any other text is a regular expression for whole paths. A text that matches no
-path is read as a comma-separated list, as the `lora` method reads it. Experts that are stacked into one tensor have
-rules of their own (stacked.py).
+Names follow PEFT: `all-linear` is every linear but the head, those of a part for images too; a list's name stands for
+each module whose full path is that name or ends with it after a dot; any other text is a regular expression for whole
+paths. A text that matches no path is read as a comma-separated list, as the `lora` method reads it. Experts that are
+stacked into one tensor have rules of their own (stacked.py).
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _places(shape: ModelShape) -> Iterator[Place]:
             if linear.is_module:
                 for index in indices:
                     yield Place(shape.full_path(linear, index), linear, in_decoder=True)
-    for linear in shape.outer:
+    for linear in (*shape.outer, *shape.sight):
         yield Place(linear.path, linear, in_decoder=True)
     for linear in (*shape.tables, shape.head):
         yield Place(linear.path, linear, in_decoder=False)

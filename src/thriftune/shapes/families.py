@@ -16,6 +16,7 @@ from thriftune.shapes.gemma4 import gemma4
 from thriftune.shapes.latent import deepseek_v3
 from thriftune.shapes.older import gpt2, gpt_neox
 from thriftune.shapes.shape import ModelShape
+from thriftune.shapes.sight import with_sight
 
 # transformers' model_type -> what builds its shape. Every one of them is compared with transformers in
 # tests/parity/test_shapes_parity.py; a model_type that is not here is estimated.
@@ -53,7 +54,8 @@ def from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         )
     fields, model_type = _text_part(config, name)
     family = FAMILIES.get(model_type)
-    shape = (family or _estimate)(fields)
+    shape = with_sight((family or _estimate)(fields), fields)
+    _note_other_senses(config, shape, fields)
     if family is None and model_type:
         fields.notes.append(
             f"model_type {model_type!r} is not in the table of known families: sizes are estimated as those of a "
@@ -80,8 +82,6 @@ def _text_part(config: Mapping[str, Any], name: str) -> tuple[Fields, str]:
             fields.wrong("text_config", "an object", inner)
     else:
         fields = Fields(inner, name, outer=config)
-    if fields.outer or any(isinstance(config.get(key), Mapping) for key in OTHER_SENSES):
-        fields.notes.append(f"{name} is planned by its text part; what it has for images or sound is not counted")
     model_type = fields.values.get("model_type")
     if model_type is None and isinstance(outer_type, str):
         model_type = f"{outer_type}_text" if f"{outer_type}_text" in FAMILIES else outer_type
@@ -89,6 +89,21 @@ def _text_part(config: Mapping[str, Any], name: str) -> tuple[Fields, str]:
         fields.wrong("model_type", "the name of a family such as llama", model_type)
         return fields, ""
     return fields, model_type
+
+
+def _note_other_senses(config: Mapping[str, Any], shape: ModelShape, fields: Fields) -> None:
+    """What is said of a model's parts for images and sound."""
+    if shape.sight:
+        fields.notes.append(
+            f"{shape.sight_parameters:,} of {fields.name}'s parameters are its part for images: training loads and "
+            "holds them, and they are counted in memory; text does not pass them"
+        )
+        left_out = "sound" if isinstance(config.get("audio_config"), Mapping) else ""
+    else:
+        has_others = fields.outer or any(isinstance(config.get(key), Mapping) for key in OTHER_SENSES)
+        left_out = "images or sound" if has_others else ""
+    if left_out:
+        fields.notes.append(f"{fields.name} is planned by its text part; what it has for {left_out} is not counted")
 
 
 def _names_experts(fields: Fields) -> bool:

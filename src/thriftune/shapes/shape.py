@@ -73,12 +73,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A causal language model's text part. `layers` holds (layer, the indices it stands for).
+    """A causal language model: its text part, and what is loaded beside it. `layers` holds (layer, its indices).
 
     `head` is the output projection, also when it shares the embedding's weights (`tied`); `others` are parameters
     outside the layers that are neither embedding, head, norm nor `outer` (learned positions). `outer` are linears
     outside the layers and `tables` the embedding modules (rows in, width out, none of their elements counted twice):
-    both by their path in the model. `notes` say what was estimated or left out.
+    both by their path in the model. `sight` are the linears, by path, and `sight_others` the other parameters of a part
+    for images, which text does not pass. `notes` say what was estimated or left out.
     """
 
     name: str
@@ -98,6 +99,8 @@ class ModelShape:
     layer_prefix: str = "model.layers"
     outer: tuple[Linear, ...] = ()
     tables: tuple[Linear, ...] = ()
+    sight: tuple[Linear, ...] = ()
+    sight_others: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -122,15 +125,24 @@ class ModelShape:
         inside = sum(layer.parameters * len(indices) for layer, indices in self.layers)
         head = self.head.parameters if not self.tied else (self.head.out_features if self.head.bias else 0)
         outside = sum(linear.parameters for linear in self.outer)
-        return inside + outside + self.embedding + head + self.norms + self.others
+        return inside + outside + self.embedding + head + self.norms + self.others + self.sight_parameters
+
+    @property
+    def sight_parameters(self) -> int:
+        return sum(linear.parameters for linear in self.sight) + self.sight_others
 
     def sum_over_linears(self, count: Callable[[Linear], int]) -> int:
         return sum(count(linear) * repeats for _, linear, repeats in self.linears())
 
     @property
     def linear_weights(self) -> int:
-        """Elements of the decoder's matrices that are modules of their own: what 4-bit loading quantises."""
+        """Elements of the decoder's matrices that are modules of their own: what a step in 4 bits unpacks."""
         return self.sum_over_linears(lambda linear: linear.weights if linear.is_module else 0)
+
+    @property
+    def quantised_weights(self) -> int:
+        """Elements that 4-bit loading quantises: those, and the matrices of the part for images."""
+        return self.linear_weights + sum(linear.weights for linear in self.sight)
 
     @property
     def active_weights(self) -> int:
