@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from thriftune.errors import NonFiniteLossError, StoppedBySignal
+from thriftune.errors import InputError, NonFiniteLossError, StoppedBySignal
 from thriftune.recipe import dump_yaml
 from thriftune.train import TrainJob, train
 from thriftune.train import distributed as distributed_module
@@ -276,6 +276,19 @@ def test_what_goes_wrong_in_one_process_is_settled_in_all(model, rows, tmp_path)
 
 
 # -- the sums between processes ---------------------------------------------------------------------------------------
+
+
+def test_processes_that_planned_other_settings_are_refused(model, rows, tmp_path):
+    """Machines of one run may have other memory free; all processes hear of it, and none trains."""
+
+    def work(rank: int) -> None:
+        switch = "on" if rank else "off"
+        train = {**IN_TWO, "gradient_checkpointing": switch}
+        with pytest.raises(InputError, match="1 of 2 processes planned other settings"):
+            train_tiny(tiny_recipe(model, rows, tmp_path / "out", train=train))
+
+    in_processes(2, work)
+    assert not (tmp_path / "out").exists()
 
 
 def test_sums_and_the_same_start(tmp_path, monkeypatch):

@@ -7,11 +7,22 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from thriftune.errors import DoesNotFitError, InputError, ModelError
 from thriftune.infer.batching import Progress
 from thriftune.infer.choices import score_choices
+from thriftune.infer.classify import classify, reads_prompts_once
 from thriftune.infer.generate import generate, pick
 from thriftune.recipe import GenerationRecipe
 
@@ -290,3 +301,120 @@ def test_empty_choices_are_refused_and_nan_is_an_error(prompts):
 def test_choices_have_chances_that_sum_to_one_over_the_vocabulary(model, prompts):
     scores = score_choices(model, prompts[:3], [[token] for token in range(VOCABULARY)], 4, PAD, ignore)
     assert torch.allclose(scores.exp().sum(-1), torch.ones(3), atol=1e-5)
+
+
+def test_the_longest_prompts_go_first_and_every_token_goes_through_the_model_once(prompts):
+    model = tiny_model()
+    shapes = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    ask(model, prompts, settings())
+    first_passes = [shape for shape in shapes if shape[1] > 1 or len(shapes) == 1]
+    assert first_passes == [(4, 64), (4, 17), (3, 3)], "batches of 4 by length: 64 40 31 23, 17 17 8 5, 3 2 1"
+    assert len(shapes) == 3 * 12 and {shape[1] for shape in shapes} == {64, 17, 3, 1}, "a cache keeps what was read"
+
+
+# -------------------------------------------------------------------------------------- likelihoods and answers at once
+
+CHOICES = [[5], [6, 7, 8], [9, 9]]
+
+
+def both(model, prompts, choices=CHOICES, stop=(), seed=7, on_progress=ignore, **changes):
+    return classify(model, prompts, choices, settings(**changes), list(stop), PAD, seed=seed, on_progress=on_progress)
+
+
+def sliding_model() -> torch.nn.Module:
+    """Attention to the last 8 positions only, whose cache forgets the others."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.15,
+        sliding_window=8,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("choices", [[[5], [6]], CHOICES, [[5, 6], [5, 7]]])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_reading_a_prompt_once_gives_the_scores_and_answers_of_reading_it_every_time(
+    model, prompts, choices, batch_size
+):
+    stop = (ask(model, prompts, settings())[3][2],)
+    scores, answers = both(model, prompts, choices, stop, batch_size=batch_size)
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores, score_choices(model, prompts, choices, 4, PAD, ignore), atol=1e-5, rtol=0)
+    assert answers == ask(model, prompts, settings(), stop=stop)
+
+
+def test_a_cache_that_forgets_is_gone_on_with_too(prompts):
+    model = sliding_model()
+    scores, answers = both(model, prompts)
+    assert torch.allclose(scores, plain_scores(model, prompts, CHOICES), atol=1e-5)
+    assert answers == [plain_greedy(model, prompt, 12, ()) for prompt in prompts]
+
+
+def test_a_peft_model_classifies_and_keeps_its_mode(model, prompts):
+    adapted = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    scores, answers = both(adapted.train(), prompts)
+    assert adapted.training
+    assert torch.allclose(scores, plain_scores(adapted.eval(), prompts, CHOICES), atol=1e-5)
+    assert answers == ask(adapted, prompts, settings())
+
+
+def test_sampled_answers_are_those_of_generate(model, prompts):
+    warm = {"temperature": 1.0, "top_p": 0.9}
+    expected = ask(model, prompts, settings(**warm), seed=3)
+    assert both(model, prompts, seed=3, **warm)[1] == expected
+    assert both(model, prompts, seed=3, batch_size=1, **warm)[1] == expected
+
+
+def test_a_prompt_is_read_once_whatever_the_choices(prompts):
+    model = tiny_model()
+    shapes = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    seen: list[Progress] = []
+    both(model, prompts, batch_size=64, on_progress=seen.append)
+    assert shapes == [(11, 64), (11, 2), (11, 1)] + [(11, 1)] * 11
+    assert seen == [Progress(11, 11, None)]
+
+
+def test_a_model_without_such_a_cache_reads_again_and_counts_its_rows_twice(prompts):
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
+    ).eval()
+    assert not reads_prompts_once(model) and reads_prompts_once(tiny_model())
+    same = [prompts[1][:9], prompts[3][:9]]
+    seen: list[Progress] = []
+    scores, answers = both(model, same, on_progress=seen.append, max_new_tokens=4)
+    assert torch.allclose(scores, score_choices(model, same, CHOICES, 4, PAD, ignore), atol=1e-5)
+    assert answers == ask(model, same, settings(max_new_tokens=4))
+    assert [(step.done, step.total) for step in seen][-1] == (4, 4)
+    assert [step.done for step in seen] == sorted(step.done for step in seen)
+
+
+def test_classifying_halves_its_batch_when_memory_runs_out_and_refuses_what_the_others_refuse(prompts):
+    model = tiny_model()
+    expected = both(model, prompts, batch_size=8)
+    limit = limit_memory(model, 4)
+    seen: list[Progress] = []
+    scores, answers = both(model, prompts, batch_size=8, on_progress=seen.append)
+    assert answers == expected[1] and torch.allclose(scores, expected[0], atol=1e-5)
+    assert [step.event for step in seen if step.event] == ["out of memory with 8 rows at once; went on with 4"]
+    limit.remove()
+    assert both(model, [])[0].shape == (0, 3)
+    with pytest.raises(InputError, match="choices of"):
+        both(model, prompts, [[5], []])
+    with pytest.raises(InputError, match="prompt 1 has 85"):
+        both(model, [[5] * 85])
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(ModelError, match="prompt 1 is not a number"):
+        both(model, prompts)

@@ -236,6 +236,48 @@ def test_the_text_part_of_a_model_that_sees(model_type: str) -> None:
     assert shape.total_parameters == sum(counted)
 
 
+SIGHT = {
+    "hidden_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 56,
+    "patch_size": 4,
+    "position_embedding_size": 20,
+}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_gemma_4_is_loaded_with_its_part_for_images(experts: bool) -> None:
+    """Every linear, every count, and what PEFT trains, of the class that training loads."""
+    changes = {**GEMMA4, **EXPERTS, **GEMMA4_EXPERTS} if experts else GEMMA4
+    text = config_of("gemma4_text", {**changes, "num_hidden_layers": 7})
+    config = {"model_type": "gemma4", "text_config": text, "vision_config": SIGHT, "audio_config": None}
+    shape = from_config(config, "small")
+    model = build(config)
+    assert type(model).__name__ == "Gemma4ForConditionalGeneration"
+    linears = shape_linears(shape) | {
+        linear.path: (linear.in_features, linear.out_features, linear.bias) for linear in shape.sight
+    }
+    assert linears == built_linears(model)
+    assert shape.total_parameters == built_parameters(model)
+    in_sight = [p.numel() for path, p in model.named_parameters() if "vision" in path]
+    assert shape.sight_parameters == sum(in_sight) > 0
+    assert f"{sum(in_sight):,} of small's parameters are its part for images" in shape.notes[0]
+    assert shape.linear_weights == from_config(text, "text").linear_weights
+    for targets in ("all-linear", r".*language_model.*\.(q|o)_proj"):
+        counted = lora_parameters(shape, 4, targets)
+        assert counted == trained_by_peft(build_small(config), r=4, target_modules=targets)
+
+
+def test_gemma_4s_count_is_that_of_its_checkpoint() -> None:
+    row = find_model("gemma-4-26B-A4B")
+    assert row is not None
+    shape = from_config(row.config, row.name)
+    assert shape.total_parameters == row.parameters == 25_805_933_872 == built_parameters(build(row.config))
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_model(name: str) -> None:
     row = find_model(name)

@@ -1,7 +1,7 @@
 """From sources to batches: rows -> conversations -> tokens and mask -> audit -> steps."""
 
 from thriftune.data.audit import audit, audit_lines, example_segments
-from thriftune.data.batches import Batch, StepOrder, micro_batches, shared_out
+from thriftune.data.batches import Batch, StepOrder, largest_step, micro_batches, shared_out
 from thriftune.data.encoding import Encoded, Example, encode_answer, encode_prompt, encode_rows, stop_token_ids
 from thriftune.data.formats import Conversation, to_conversation
 from thriftune.data.lengths import RowLengths, measure_lengths
@@ -23,6 +23,7 @@ __all__ = [
     "encode_prompt",
     "encode_rows",
     "example_segments",
+    "largest_step",
     "load_file",
     "load_rows",
     "measure_lengths",

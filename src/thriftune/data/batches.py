@@ -98,6 +98,16 @@ def shared_out(indices: Sequence[int], lengths: Sequence[int], rank: int, world:
     return [index for place, index in enumerate(indices) if owner[place] == rank]
 
 
+def largest_step(order: StepOrder, lengths: Sequence[int], world: int) -> int:
+    """Tokens that the fullest of `world` processes has at most in a step of the first epoch."""
+    counts = np.asarray(lengths)
+    steps = range(min(order.steps, order.steps_per_epoch))
+    fullest = max(int(counts[order.indices(step)].sum()) for step in steps)
+    if world == 1:
+        return fullest
+    return min(fullest, -(-fullest // world) + int(counts.max()))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows padded on the right. `labels_BT` is not shifted: labels_BT[b, t] is tokens_BT[b, t] where that token is

@@ -45,8 +45,7 @@ class TrainState(BaseModel):
     best_eval_loss: float | None = None
     best_step: int | None = None
     last_eval_loss: float | None = None
-    rows_at_once: int
-    checkpointing: bool
+    path: dict[str, int | bool] = Field(default_factory=dict, description="how steps were cut to fit in memory")
     events: list[str] = Field(default_factory=list)
     identity: dict[str, Any]
 

@@ -37,6 +37,12 @@ class Processes:
         summed: list[float] = tensor.tolist()
         return summed
 
+    def unlike_main(self, values: Sequence[float]) -> int:
+        """How many processes have other values than the main one; the same answer in each."""
+        of_main = self.total(values if self.is_main else [0.0] * len(values))
+        (differing,) = self.total([float(list(values) != of_main)])
+        return round(differing)
+
     def barrier(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()

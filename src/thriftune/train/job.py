@@ -17,6 +17,8 @@ from thriftune.methods.base import Method
 from thriftune.recipe import Recipe
 from thriftune.train.distributed import Processes
 from thriftune.train.loss import accepts_logits_to_keep
+from thriftune.train.path import GenericPath, StepPath
+from thriftune.train.recover import Recovery
 
 
 @dataclass
@@ -43,8 +45,9 @@ class TrainJob:
     checkpointing: bool
     identity: dict[str, Any]
     resume_command: str
+    path: StepPath | None = None  # None: autograd through the model
 
-    @property
+    @functools.cached_property
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
@@ -83,6 +86,24 @@ class TrainJob:
 
         casting: AbstractContextManager[Any] = disable_input_dtype_casting(self.model)
         return casting
+
+
+def generic_path(job: TrainJob) -> GenericPath:
+    """Autograd through the job's model, as its recipe and plan say."""
+    settings = job.recipe.train
+    if job.checkpointing:
+        job.enable_checkpointing()
+    automatic = settings.gradient_checkpointing == "auto"
+    rows = settings.per_device_train_batch_size
+    return GenericPath(
+        model=job.model,
+        device=job.processes.device,
+        autocast=job.autocast,
+        logits_for_targets_only=job.logits_for_targets_only,
+        recovery=Recovery(rows, job.checkpointing, job.enable_checkpointing if automatic else None),
+        most_rows=rows,
+        eval_rows=settings.per_device_eval_batch_size,
+    )
 
 
 @dataclass(frozen=True)

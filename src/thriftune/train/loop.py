@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from thriftune.data import Example, micro_batches, shared_out
+from thriftune.data import Example, shared_out
 from thriftune.errors import CheckpointError, NonFiniteLossError, StoppedBySignal
 from thriftune.records import StepMetrics
 from thriftune.train.checkpoint import (
@@ -28,12 +28,12 @@ from thriftune.train.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from thriftune.train.job import StopRequest, TrainJob, TrainOutcome
-from thriftune.train.loss import loss_sum
+from thriftune.train.job import StopRequest, TrainJob, TrainOutcome, generic_path
 from thriftune.train.meter import Meter
 from thriftune.train.observe import Observers, read_metrics
 from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer, set_learning_rate
-from thriftune.train.recover import Recovery, fits_or_ends, until_it_fits
+from thriftune.train.path import StepPath
+from thriftune.train.recover import fits_or_ends, until_it_fits
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -50,14 +50,14 @@ class StepResult:
 def train_step(
     job: TrainJob,
     optimizer: torch.optim.Optimizer,
-    recovery: Recovery,
+    path: StepPath,
     step: int,
     rate: float,
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> StepResult:
     """One optimizer step over the examples that belong to it."""
-    processes, device = job.processes, job.processes.device
+    processes = job.processes
 
     # -- this process's examples; targets and tokens of the whole step ------------------------------------------
     indices = job.order.indices(step)
@@ -65,29 +65,23 @@ def train_step(
     counts = [sum(example.num_targets for example in mine), sum(len(example) for example in mine)]
     targets, tokens = processes.total(counts)
 
-    # -- gradient of the mean loss: summed losses / targets, one micro-batch after another ----------------------
-    def attempt(rows_at_once: int) -> Tensor:
+    # -- gradient of the mean loss: summed losses / targets, cut into parts as memory allows ---------------------
+    def attempt() -> Tensor:
         torch.manual_seed((job.recipe.seed * 1_000_003 + step * 1_009 + processes.rank) % 2**63)
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in micro_batches(mine, rows_at_once):
-            with job.autocast():
-                share = loss_sum(job.model, batch.to(device), job.logits_for_targets_only) / targets
-            share.backward()
-            total += share.detach()
-        return total
+        return path.add_gradients(mine, targets)
 
     def clean() -> None:
         optimizer.zero_grad(set_to_none=True)
 
-    my_loss = until_it_fits(attempt, recovery, clean, say)
-    signals = [float(stop.signal_number == number) for number in STOP_SIGNALS]
-    loss, *signals = processes.total([float(my_loss), *signals])
-
+    my_loss = until_it_fits(attempt, path, clean, say)
     with fits_or_ends("the optimizer's state"):
         # -- nothing non-finite reaches the weights -------------------------------------------------------------
         processes.sum_gradients(job.trainable)
         limit = job.recipe.train.max_grad_norm or math.inf
-        grad_norm = float(nn.utils.clip_grad_norm_(job.trainable, limit))
+        norm = nn.utils.clip_grad_norm_(job.trainable, limit)
+        signals = [float(stop.signal_number == number) for number in STOP_SIGNALS]
+        loss, *signals = processes.total([float(my_loss), *signals])
+        grad_norm = float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _non_finite_step(job, step, loss, grad_norm, indices)
 
@@ -110,7 +104,8 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
     if remark:
         observers.event(remark)
     state = _start_or_resume(job, optimizer, observers)
-    recovery = _recovery(job, state)
+    path = job.path or generic_path(job)
+    path.resume(state.path)
     past = [metrics for metrics in read_metrics(job.output / "metrics.jsonl") if metrics.step <= state.step]
     losses = [(metrics.loss, metrics.targets) for metrics in past]
     meter = Meter(job.processes.device)
@@ -127,12 +122,12 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
                 observers.event(text)
 
             rate = learning_rate.at(step)
-            result = train_step(job, optimizer, recovery, step, rate, stop, say)
+            result = train_step(job, optimizer, path, step, rate, stop, say)
             step_s = time.perf_counter() - started
             state.step, state.tokens_seen = step + 1, state.tokens_seen + result.tokens
-            state.rows_at_once, state.checkpointing = recovery.rows_at_once, recovery.checkpointing
+            state.path = path.state()
             losses.append((result.loss, result.targets))
-            eval_loss = _evaluate_if_due(job, state, recovery, say)
+            eval_loss = _evaluate_if_due(job, state, path, say)
             state.train_s = before_s + meter.elapsed_s()
             state.energy_j = before_j + (meter.energy_j() or 0.0)
             observers.step(_metrics(job, state, result, meter, rate, step_s, eval_loss, events))
@@ -146,38 +141,30 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
     return _outcome(job, state, losses, meter, optimizer_name)
 
 
-def mean_loss(job: TrainJob, examples: Sequence[Example], recovery: Recovery, say: Callable[[str], None]) -> float:
+def mean_loss(job: TrainJob, examples: Sequence[Example], path: StepPath, say: Callable[[str], None]) -> float:
     """Mean loss over the target tokens of `examples`, shared out among the processes; no gradient, no dropout."""
     processes = job.processes
     lengths = [len(example) for example in examples]
     numbers = shared_out(range(len(examples)), lengths, processes.rank, processes.world)
     mine = [examples[number] for number in numbers]
-
-    def attempt(rows_at_once: int) -> tuple[float, int]:
-        total, targets = 0.0, 0
-        for batch in micro_batches(mine, rows_at_once):
-            with job.autocast():
-                total += float(loss_sum(job.model, batch.to(processes.device), job.logits_for_targets_only))
-            targets += batch.num_targets
-        return total, targets
-
-    in_evaluation = Recovery(job.recipe.train.per_device_eval_batch_size, recovery.checkpointing, None)
+    measuring = path.in_evaluation()
     job.model.eval()
     try:
         with torch.no_grad():
-            total, targets = processes.total(until_it_fits(attempt, in_evaluation, lambda: None, say))
+            found = until_it_fits(lambda: measuring.losses(mine), measuring, lambda: None, say)
+            total, targets = processes.total(found)
     finally:
         job.model.train()
     return total / targets if targets else math.nan
 
 
-def _evaluate_if_due(job: TrainJob, state: TrainState, recovery: Recovery, say: Callable[[str], None]) -> float | None:
+def _evaluate_if_due(job: TrainJob, state: TrainState, path: StepPath, say: Callable[[str], None]) -> float | None:
     settings = job.recipe.train
     every = settings.eval_steps if settings.eval_strategy == "steps" else job.order.steps_per_epoch
     due = state.step % every == 0 or state.step == job.order.steps
     if settings.eval_strategy == "no" or not job.eval_examples or not due:
         return None
-    loss = mean_loss(job, job.eval_examples, recovery, say)
+    loss = mean_loss(job, job.eval_examples, path, say)
     state.last_eval_loss = loss if math.isfinite(loss) else None
     if state.last_eval_loss is None:
         say(f"the eval loss after step {state.step} is {loss}: it cannot be the best")
@@ -244,11 +231,7 @@ def _save(job: TrainJob, optimizer: torch.optim.Optimizer, state: TrainState, ob
 
 
 def _start_or_resume(job: TrainJob, optimizer: torch.optim.Optimizer, observers: Observers) -> TrainState:
-    fresh = TrainState(
-        rows_at_once=job.recipe.train.per_device_train_batch_size,
-        checkpointing=job.checkpointing,
-        identity=job.identity,
-    )
+    fresh = TrainState(identity=job.identity)
     wanted = job.recipe.train.resume_from_checkpoint
     found = find_checkpoint(job.output, wanted, observers.event) if wanted else None
     if found is None:
@@ -262,20 +245,6 @@ def _start_or_resume(job: TrainJob, optimizer: torch.optim.Optimizer, observers:
     observers.events[:0] = [text for text in state.events if text not in observers.events]
     observers.event(f"resumed from {folder} at step {state.step}")
     return state
-
-
-def _recovery(job: TrainJob, state: TrainState) -> Recovery:
-    """How the first step is run: as the checkpoint was left, within what the recipe says now."""
-    settings = job.recipe.train
-    automatic = settings.gradient_checkpointing == "auto"
-    recovery = Recovery(
-        rows_at_once=min(state.rows_at_once, settings.per_device_train_batch_size),
-        checkpointing=job.checkpointing or (automatic and state.checkpointing),
-        enable_checkpointing=job.enable_checkpointing if automatic else None,
-    )
-    if recovery.checkpointing:
-        job.enable_checkpointing()
-    return recovery
 
 
 def _keep_best(job: TrainJob, state: TrainState, observers: Observers) -> None:

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -54,13 +54,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
 
 
+class StepsDown(Protocol):
+    def step_down(self, reason: str) -> str: ...
+
+
 def until_it_fits(
-    attempt: Callable[[int], Result], recovery: Recovery, clean: Callable[[], None], say: Callable[[str], None]
+    attempt: Callable[[], Result], smaller: StepsDown, clean: Callable[[], None], say: Callable[[str], None]
 ) -> Result:
-    """`attempt(rows_at_once)`, repeated smaller after each out-of-memory; `clean` undoes what a failed one left."""
+    """`attempt()`, repeated after each out-of-memory once `smaller` has stepped down; `clean` undoes what a failed one
+    left."""
     while True:
         try:
-            return attempt(recovery.rows_at_once)
+            return attempt()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -70,7 +75,7 @@ def until_it_fits(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(recovery.step_down(reason))
+        say(smaller.step_down(reason))
 
 
 @contextmanager

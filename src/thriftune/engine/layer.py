@@ -1,0 +1,278 @@
+"""A decoder layer of the Llama kind as a program: its forward pass, and its backward pass by hand.
+
+Shape legend: T tokens, D width, Q heads of queries times their size, N = Q + 2 keys' or values', F width of the MLP,
+R padded rank of a stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thriftune.engine.attention import Attention, Kind
+from thriftune.engine.packing import PackedBatch
+from thriftune.engine.weights import Stack
+from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
+from thriftune.kernels.rope import rope_
+from thriftune.kernels.swiglu import swiglu, swiglu_backward
+
+
+class Keep(IntEnum):
+    """What a layer keeps for its backward pass, less and less; the rest is computed again, bit for bit the same.
+
+    ALL: everything but what norms and the gate make in passing. NO_MLP: not the gate's and up's product, the largest.
+    RESIDUALS: the layer's input and the residual between attention and MLP. INPUT: the input alone. The `down` product
+    is never computed again: no gradient needs it.
+    """
+
+    ALL = 0
+    NO_MLP = 1
+    RESIDUALS = 2
+    INPUT = 3
+
+    @property
+    def words(self) -> str:
+        return ("everything", "all but the MLP's products", "their input and the residual after attention",
+                "their input alone")[self]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight_D: Tensor  # noqa: N815
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's frozen parts. `query_norm` and `key_norm` are Qwen3's, of each head."""
+
+    input_norm: Norm
+    qkv: Stack
+    query_norm: Norm | None
+    key_norm: Norm | None
+    o: Stack
+    mlp_norm: Norm
+    gate_up: Stack
+    down: Stack
+    heads: int
+    groups: int
+    head_size: int
+    attention: Kind
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return [self.qkv, self.o, self.gate_up, self.down]
+
+    def acquire(self) -> None:
+        """Have the layer's weights in their buffers. 4-bit layers share them: one layer at a time can be used."""
+        for stack in self.stacks:
+            stack.acquire()
+
+    def hold(self) -> None:
+        for stack in self.stacks:
+            stack.hold()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share in one pass: where tokens stand, the angles, and the attention kernel."""
+
+    batch: PackedBatch
+    cos_PC: Tensor  # noqa: N815
+    sin_PC: Tensor  # noqa: N815
+    attention: Attention
+
+
+@dataclass
+class Saved:
+    """What the backward pass finds. None is computed again. Sides are the inputs' products with the adapters' A."""
+
+    x_TD: Tensor  # noqa: N815
+    qkv: _Qkv | None = None
+    attended: _Attended | None = None
+    middle_TD: Tensor | None = None  # noqa: N815
+    gate_up: _GateUp | None = None
+    down_side_TR: Tensor | None = None  # noqa: N815
+
+
+@dataclass(frozen=True)
+class _Qkv:
+    rstd_T1: Tensor  # noqa: N815
+    side_TR: Tensor | None  # noqa: N815
+    product_TN: Tensor  # noqa: N815 # queries and keys turned; before their norm where they have one
+    turned_TN: Tensor  # noqa: N815 # as attention reads them; the same tensor without a norm
+    rstd_heads: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Attended:
+    out_TX: Tensor  # noqa: N815
+    kept: Any
+    side_TR: Tensor | None  # noqa: N815
+
+
+@dataclass(frozen=True)
+class _GateUp:
+    rstd_T1: Tensor  # noqa: N815
+    side_TR: Tensor | None  # noqa: N815
+    product_TE: Tensor  # noqa: N815
+
+
+def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor, Saved]:
+    qkv = _project(layer, x_TD, step)
+    attended = _attend(layer, qkv, step)
+    middle_TD, side_o_TR = layer.o.forward(attended.out_TX, x_TD)
+    attended = _Attended(attended.out_TX, attended.kept, side_o_TR)
+    gate_up = _gate_up(layer, middle_TD)
+    h_TX = layer.down.input_buffer(x_TD)
+    swiglu(gate_up.product_TE, h_TX[:, : layer.down.size_in])
+    y_TD, side_down_TR = layer.down.forward(h_TX, middle_TD)
+    saved = Saved(x_TD, down_side_TR=side_down_TR)
+    if keep <= Keep.RESIDUALS:
+        saved.middle_TD = middle_TD
+    if keep <= Keep.NO_MLP:
+        saved.qkv, saved.attended = qkv, attended
+    if keep == Keep.ALL:
+        saved.gate_up = gate_up
+    return y_TD, saved
+
+
+def _project(layer: Layer, x_TD: Tensor, step: Step) -> _Qkv:
+    """Norm, queries, keys and values, their norms and their rotation."""
+    normed_TX = layer.qkv.input_buffer(x_TD)
+    rstd_T1 = rms_norm(x_TD, layer.input_norm.weight_D, layer.input_norm.epsilon, normed_TX[:, : layer.qkv.size_in])
+    product_TN, side_TR = layer.qkv.forward(normed_TX, None)
+    turned_TN, rstd_heads = product_TN, None
+    if layer.query_norm is not None and layer.key_norm is not None:
+        turned_TN = torch.empty_like(product_TN)
+        q, k, v = _columns(layer)
+        rstd_heads = (
+            rms_norm(product_TN[:, q], layer.query_norm.weight_D, layer.query_norm.epsilon, turned_TN[:, q],
+                     layer.heads),
+            rms_norm(product_TN[:, k], layer.key_norm.weight_D, layer.key_norm.epsilon, turned_TN[:, k],
+                     layer.groups),
+        )  # fmt: skip
+        turned_TN[:, v] = product_TN[:, v]
+    rope_(_turning_heads(layer, turned_TN), step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=False)
+    return _Qkv(rstd_T1, side_TR, product_TN, turned_TN, rstd_heads)
+
+
+def _attend(layer: Layer, qkv: _Qkv, step: Step) -> _Attended:
+    out_TX = layer.o.input_buffer(qkv.turned_TN)
+    q, k, v = _heads(layer, qkv.turned_TN)
+    out_THK = out_TX[:, : layer.o.size_in].unflatten(1, (layer.heads, layer.head_size))
+    kept = step.attention.forward(q, k, v, step.batch.segments, layer.attention, out_THK)
+    return _Attended(out_TX, kept, None)
+
+
+def _gate_up(layer: Layer, middle_TD: Tensor) -> _GateUp:
+    normed_TX = layer.gate_up.input_buffer(middle_TD)
+    norm = layer.mlp_norm
+    rstd_T1 = rms_norm(middle_TD, norm.weight_D, norm.epsilon, normed_TX[:, : layer.gate_up.size_in])
+    product_TE, side_TR = layer.gate_up.forward(normed_TX, None)
+    return _GateUp(rstd_T1, side_TR, product_TE)
+
+
+def _compute_again(layer: Layer, saved: Saved, step: Step) -> None:
+    """Fill what was not kept, by the same operations on the same numbers."""
+    if saved.qkv is None:
+        saved.qkv = _project(layer, saved.x_TD, step)
+    if saved.attended is None:
+        saved.attended = _attend(layer, saved.qkv, step)
+        side_TR = None
+        if saved.middle_TD is None:
+            saved.middle_TD, side_TR = layer.o.forward(saved.attended.out_TX, saved.x_TD)
+        elif layer.o.rank:
+            side_TR = saved.attended.out_TX[:, : layer.o.size_in] @ layer.o.a_RI.T
+        saved.attended = _Attended(saved.attended.out_TX, saved.attended.kept, side_TR)
+    assert saved.middle_TD is not None
+    if saved.gate_up is None:
+        saved.gate_up = _gate_up(layer, saved.middle_TD)
+
+
+def backward(layer: Layer, dy_TY: Tensor, saved: Saved, step: Step, below: Layer | None) -> Tensor | None:
+    """Add the adapters' gradients to their masters and return that of the layer's input, in the buffer that the layer
+    `below` wants (None where there is none). `dy_TY` is this layer's own such buffer; it and `saved` are used up."""
+    _compute_again(layer, saved, step)
+    qkv, attended, gate_up, middle_TD = saved.qkv, saved.attended, saved.gate_up, saved.middle_TD
+    assert qkv is not None and attended is not None and gate_up is not None and middle_TD is not None
+
+    # -- the MLP -------------------------------------------------------------------------------------------------
+    dy_TD = dy_TY[:, : layer.down.size_out]
+    dh_TF = layer.down.backward(dy_TY, wants_dx=True)
+    assert dh_TF is not None
+    dgate_up_TY = layer.gate_up.output_buffer(dy_TY)
+    dgate_up_TE = dgate_up_TY[:, : layer.gate_up.size_out]
+    h_TF = torch.empty_like(dh_TF) if layer.down.rank else None
+    swiglu_backward(gate_up.product_TE, dh_TF, dgate_up_TE, h_TF)
+    layer.down.add_gradients(dy_TY, h_TF, saved.down_side_TR)
+    del dh_TF, h_TF
+    normed_TD = _normed_again(layer.mlp_norm, middle_TD) if layer.gate_up.rank else None
+    dnormed_TD = layer.gate_up.backward(dgate_up_TY, wants_dx=True)
+    assert dnormed_TD is not None
+    layer.gate_up.add_gradients(dgate_up_TY, normed_TD, gate_up.side_TR)
+    dmiddle_TY = layer.o.output_buffer(dnormed_TD)
+    dmiddle_TD = dmiddle_TY[:, : layer.o.size_out]
+    rms_norm_backward(dnormed_TD, middle_TD, layer.mlp_norm.weight_D, gate_up.rstd_T1, dy_TD, dmiddle_TD)
+    del dgate_up_TY, dgate_up_TE, dnormed_TD, normed_TD, gate_up, dy_TY, dy_TD
+
+    # -- attention -----------------------------------------------------------------------------------------------
+    out_TQ = attended.out_TX[:, : layer.o.size_in]
+    dout_TQ = layer.o.backward(dmiddle_TY, wants_dx=True)
+    assert dout_TQ is not None
+    layer.o.add_gradients(dmiddle_TY, out_TQ, attended.side_TR)
+    dqkv_TY = layer.qkv.output_buffer(dout_TQ)
+    dqkv_TN = dqkv_TY[:, : layer.qkv.size_out]
+    by_head = (layer.heads, layer.head_size)
+    step.attention.backward(
+        dout_TQ.unflatten(1, by_head),
+        *_heads(layer, qkv.turned_TN),
+        out_TQ.unflatten(1, by_head),
+        attended.kept,
+        step.batch.segments,
+        layer.attention,
+        _heads(layer, dqkv_TN),
+    )
+    rope_(_turning_heads(layer, dqkv_TN), step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=True)
+    if layer.query_norm is not None and layer.key_norm is not None and qkv.rstd_heads is not None:
+        norms = zip(_columns(layer)[:2], (layer.query_norm, layer.key_norm), qkv.rstd_heads, strict=True)
+        for columns, norm, rstd_TG in norms:
+            part_TN = dqkv_TN[:, columns]
+            rms_norm_backward(part_TN, qkv.product_TN[:, columns], norm.weight_D, rstd_TG, None, part_TN)
+    saved.attended = None
+    normed_TD = _normed_again(layer.input_norm, saved.x_TD) if layer.qkv.rank else None
+    dnormed_TD = layer.qkv.backward(dqkv_TY, wants_dx=below is not None)
+    layer.qkv.add_gradients(dqkv_TY, normed_TD, qkv.side_TR)
+    if dnormed_TD is None or below is None:
+        return None
+    dx_TY = below.down.output_buffer(dnormed_TD)
+    dx_TD = dx_TY[:, : below.down.size_out]
+    rms_norm_backward(dnormed_TD, saved.x_TD, layer.input_norm.weight_D, qkv.rstd_T1, dmiddle_TD, dx_TD)
+    return dx_TY
+
+
+def _normed_again(norm: Norm, x_TD: Tensor) -> Tensor:
+    out_TD = torch.empty_like(x_TD)
+    rms_norm(x_TD, norm.weight_D, norm.epsilon, out_TD)
+    return out_TD
+
+
+def _columns(layer: Layer) -> tuple[slice, slice, slice]:
+    q, kv = layer.heads * layer.head_size, layer.groups * layer.head_size
+    return slice(0, q), slice(q, q + kv), slice(q + kv, q + 2 * kv)
+
+
+def _heads(layer: Layer, rows_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (T, heads, size), keys and values (T, groups, size): views."""
+    q, k, v = (rows_TN[:, columns].unflatten(1, (-1, layer.head_size)) for columns in _columns(layer))
+    return q, k, v
+
+
+def _turning_heads(layer: Layer, rows_TN: Tensor) -> Tensor:
+    """Queries' and keys' heads side by side: a view."""
+    turning = (layer.heads + layer.groups) * layer.head_size
+    return rows_TN[:, :turning].unflatten(1, (-1, layer.head_size))

@@ -1,0 +1,199 @@
+"""A transformers model with PEFT's LoRA on it, read as a program; or the reason why it cannot be.
+
+The frozen weights move into the stacks' buffers, and the model's own linears become views of them: the model goes on
+working, and nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thriftune.engine.attention import Kind
+from thriftune.engine.head import Head
+from thriftune.engine.layer import Keep, Layer, Norm
+from thriftune.engine.program import Angles, Program
+from thriftune.engine.sizes import working_bytes
+from thriftune.engine.weights import Part, Stack, padded_rank
+from thriftune.kernels.four_bit import FourBit
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+QKV, OUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model under PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def why_not(model: nn.Module) -> str | None:
+    """What the engine cannot compute of this model, in words; None when it can compute all of it."""
+    from peft.tuners.lora import Linear, LoraLayer
+
+    linears: tuple[type, ...] = (Linear,)
+    if getattr(base_of(model), "is_loaded_in_4bit", False):
+        from peft.tuners.lora.bnb import Linear4bit
+
+        linears = (Linear, Linear4bit)
+    base = base_of(model)
+    config = base.config
+    if config.model_type not in FAMILIES:
+        return f"it knows {', '.join(FAMILIES)}, and this model is of type {config.model_type}"
+    if config.hidden_act != "silu":
+        return f"the MLP's activation is {config.hidden_act}"
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        return f"rope of type {rope_type} depends on the rows' length"
+    for name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if not isinstance(module, linears) or name.rsplit(".", 1)[-1] not in (*QKV, *OUT, *GATE_UP, *DOWN):
+            return f"an adapter on {name}"
+        if reason := _why_not_adapter(module):
+            return f"{reason} on {name}"
+    lora = {name for name, _ in base.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    others = [name for name, parameter in base.named_parameters() if parameter.requires_grad and name not in lora]
+    return f"{others[0]} is trained too" if others else None
+
+
+def _why_not_adapter(module: Any) -> str | None:
+    if list(module.active_adapters) != ["default"] or module.merged:
+        return "more than one adapter, or a merged one,"
+    if getattr(module, "lora_variant", None):
+        return "a variant of LoRA"
+    if not isinstance(module.lora_dropout["default"], nn.Identity):
+        return "dropout"
+    if module.lora_B["default"].bias is not None:
+        return "a bias of the adapter"
+    if getattr(module, "fan_in_fan_out", False):
+        return "a transposed weight"
+    return None
+
+
+def read_program(model: nn.Module, longest: int, rank_multiple: int) -> Program:
+    """The program of a model for which `why_not` is None; `longest` is the longest row it will see, in
+    tokens; ranks are padded to a multiple of `rank_multiple`."""
+    base = base_of(model)
+    inner, config = base.model, base.config
+    with torch.no_grad():
+        shared = SharedBuffers(rank_multiple, inner.embed_tokens.weight)
+        layers = [_layer(module, config, shared) for module in inner.layers]
+        _find_traces([stack for layer in layers for stack in layer.stacks if stack.shared])
+        weight_VD = base.lm_head.weight
+        positions = torch.arange(longest, device=weight_VD.device)[None]
+        cos, sin = inner.rotary_emb(weight_VD[:1], positions)
+    half = cos.shape[-1] // 2
+    return Program(
+        embedding_VD=inner.embed_tokens.weight.detach(),
+        layers=layers,
+        angles=Angles(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()),
+        head=Head(
+            _norm(inner.norm),
+            weight_VD.detach(),
+            max(working_bytes(layer, Keep.ALL, weight_VD.element_size()) for layer in layers),
+        ),
+    )
+
+
+def _layer(module: Any, config: Any, shared: SharedBuffers) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    head_size = attention.head_dim
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return Layer(
+        input_norm=_norm(module.input_layernorm),
+        qkv=_stack(attention, QKV, shared),
+        query_norm=_norm(query_norm) if query_norm is not None else None,
+        key_norm=_norm(key_norm) if key_norm is not None else None,
+        o=_stack(attention, OUT, shared),
+        mlp_norm=_norm(module.post_attention_layernorm),
+        gate_up=_stack(mlp, GATE_UP, shared),
+        down=_stack(mlp, DOWN, shared),
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        head_size=head_size,
+        attention=Kind(float(attention.scaling), _window(attention, config)),
+    )
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """Tokens that a token may look back on, itself included, or None."""
+    if config.model_type == "mistral":
+        return config.sliding_window
+    return getattr(attention, "sliding_window", None)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), float(module.variance_epsilon))
+
+
+@dataclass
+class SharedBuffers:
+    """What 4-bit layers are unpacked into, one buffer for each size of stack; products are in the type of `like`."""
+
+    rank_multiple: int
+    like: Tensor
+    buffers: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    def of(self, size_out: int, size_in: int, rank: int) -> Tensor:
+        key = (size_out, size_in, rank)
+        if key not in self.buffers:
+            self.buffers[key] = self.like.new_zeros(size_out + rank, size_in + rank)
+        return self.buffers[key]
+
+
+def _stack(parent: Any, names: Sequence[str], shared: SharedBuffers) -> Stack:
+    """One stack of linears. 16-bit weights are copied into its buffer, and the linears become views of it."""
+    parts = _parts(parent, names)
+    linears = [part.linear for part in parts]
+    size_in, size_out = linears[0].in_features, parts[-1].rows.stop
+    rank = padded_rank(parts, shared.rank_multiple)
+    bias_O = _bias(linears, shared.like)
+    if hasattr(linears[0].weight, "quant_state"):
+        packed = [FourBit.of(linear.weight) for linear in linears]
+        return Stack(parts, size_in, size_out, rank, shared.of(size_out, size_in, rank), bias_O, packed, True)
+    buffer_YX = shared.like.new_zeros(size_out + rank, size_in + rank)
+    for part in parts:
+        place = buffer_YX[part.rows, :size_in]
+        place.copy_(part.linear.weight)
+        part.linear.weight = nn.Parameter(place, requires_grad=False)
+    return Stack(parts, size_in, size_out, rank, buffer_YX, bias_O)
+
+
+def _find_traces(stacks: Sequence[Stack]) -> None:
+    """Mark the stacks of a shared buffer whose adapters do not all lie in the same places of it."""
+    layouts: dict[int, set[tuple[Any, ...]]] = {}
+    for stack in stacks:
+        layout = tuple((part.rows.start, part.ranks.start, part.ranks.stop) for part in stack.parts)
+        layouts.setdefault(stack.buffer_YX.data_ptr(), set()).add(layout)
+    for stack in stacks:
+        stack.leaves_traces = len(layouts[stack.buffer_YX.data_ptr()]) > 1
+
+
+def _parts(parent: Any, names: Sequence[str]) -> list[Part]:
+    parts, first_row, first_rank = [], 0, 0
+    for name in names:
+        module = getattr(parent, name)
+        linear = getattr(module, "base_layer", module)
+        part = Part(slice(first_row, first_row + linear.out_features), linear)
+        first_row = part.rows.stop
+        if linear is not module:
+            part.a, part.b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            part.scale = float(module.scaling["default"])
+            part.ranks = slice(first_rank, first_rank + part.a.shape[0])
+            first_rank = part.ranks.stop
+        parts.append(part)
+    return parts
+
+
+def _bias(linears: Sequence[Any], like: Tensor) -> Tensor | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    absent = [
+        linear.bias.detach() if linear.bias is not None else like.new_zeros(linear.out_features) for linear in linears
+    ]
+    return torch.cat(absent)

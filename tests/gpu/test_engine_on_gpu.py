@@ -1,0 +1,207 @@
+"""The engine on a CUDA device at real sizes: kernels against references, gradients against float32, 4-bit weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from thriftune.data import Example
+from thriftune.data.batches import micro_batches
+from thriftune.engine.attention import FlashAttention, Kind, ReferenceAttention
+from thriftune.engine.choose import choose_attention
+from thriftune.engine.layer import Keep
+from thriftune.engine.packing import pack
+from thriftune.engine.read import read_program
+from thriftune.kernels import cross_entropy, four_bit, rms_norm, rope, swiglu
+from thriftune.train.loss import loss_sum
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BF16 = torch.bfloat16
+SIZES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
+}
+LENGTHS = (700, 33, 512, 5, 1, 150)
+
+
+def device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+def rows(count: int, columns: int, pad: int = 64) -> Tensor:
+    """Rows that lie apart, NaN between them."""
+    whole = torch.full((count, columns + pad), float("nan"), dtype=BF16, device=device())
+    whole[:, :columns].normal_()
+    return whole[:, :columns]
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 2e-2) -> None:
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 4096), (1, 8192), (40, 128), (1, 1000)])
+def test_norm(groups: int, size: int) -> None:
+    x, dy, residual, found, wanted = (rows(300, groups * size) for _ in range(5))
+    weight = torch.randn(size, device=device(), dtype=BF16)
+    rstd = rms_norm.rms_norm(x, weight, 1e-5, found, groups)
+    rstd_wanted = rms_norm.rms_norm_reference(x, weight, 1e-5, wanted, groups)
+    torch.testing.assert_close(rstd, rstd_wanted, rtol=1e-5, atol=1e-5)
+    close(found, wanted)
+    rms_norm.rms_norm_backward(dy, x, weight, rstd, residual, found)
+    rms_norm.rms_norm_backward_reference(dy, x, weight, rstd, residual, wanted)
+    close(found, wanted, 5e-2)
+
+
+@pytest.mark.parametrize(("heads", "size"), [(40, 128), (72, 128), (3, 64), (5, 80)])
+def test_rope(heads: int, size: int) -> None:
+    angles = torch.rand(500, size // 2, device=device()) * 6
+    cos, sin = angles.cos().to(BF16), angles.sin().to(BF16)
+    positions = torch.randint(500, (200,), device=device())
+    for inverse in (False, True):
+        found = rows(200, heads * size).unflatten(1, (heads, size))
+        wanted = found.clone()
+        rope.rope_(found, cos, sin, positions, inverse)
+        rope.rope_reference_(wanted, cos, sin, positions, inverse)
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("width", [14336, 28672, 1000])
+def test_swiglu(width: int) -> None:
+    gate_up, dh, out, out_wanted = rows(50, 2 * width), rows(50, width), rows(50, 2 * width), rows(50, 2 * width)
+    h, h_wanted = rows(50, width), rows(50, width)
+    swiglu.swiglu_backward(gate_up, dh, out, h)
+    swiglu.swiglu_backward_reference(gate_up, dh, out_wanted, h_wanted)
+    close(out, out_wanted)
+    close(h, h_wanted)
+
+
+@pytest.mark.parametrize("vocabulary", [128_256, 151_936, 1000])
+def test_cross_entropy(vocabulary: int) -> None:
+    found = rows(70, vocabulary, 0)
+    targets = torch.randint(vocabulary, (70,), device=device())
+    wanted = found.clone()
+    losses = cross_entropy.cross_entropy_(found, targets, 3.0)
+    torch.testing.assert_close(
+        losses, cross_entropy.cross_entropy_reference_(wanted, targets, 3.0), rtol=1e-4, atol=1e-4
+    )
+    close(found, wanted, 1e-2)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("out", "into"), [(28672, 8192), (8192, 28672), (28672, 14336), (100, 6), (7, 130)])
+def test_unpacked_weights_are_those_of_bitsandbytes(nested: bool, out: int, into: int) -> None:
+    """28,672 x 14,336 in NF4 takes 196 MiB."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.empty(out, into, dtype=BF16, device=device()).normal_(0, 0.02)
+    packed = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=nested, quant_type="nf4"
+    )._quantize(device())
+    place = rows(out, into)
+    four_bit.unpack_four_bit(four_bit.FourBit.of(packed), place)
+    assert torch.equal(place, bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (4, 4, 64), (64, 8, 128)])
+def test_attention_kernels_agree(heads: tuple[int, int, int], window: int | None) -> None:
+    count, groups, size = heads
+    batch = pack(examples(LENGTHS), device())
+    kind = Kind(size**-0.5, window)
+    q, k, v, dout = (
+        rows(batch.segments.tokens, number * size).unflatten(1, (number, size))
+        for number in (count, groups, groups, count)
+    )
+
+    def run(attention: Any) -> list[Tensor]:
+        out, dq, dk, dv = (
+            rows(batch.segments.tokens, number * size).unflatten(1, (number, size))
+            for number in (count, count, groups, groups)
+        )
+        kept = attention.forward(q, k, v, batch.segments, kind, out)
+        attention.backward(dout, q, k, v, out, kept, batch.segments, kind, (dq, dk, dv))
+        return [out, dq, dk, dv]
+
+    wanted = run(ReferenceAttention())
+    for attention in (FlashAttention(), choose_attention(device())):
+        for found, exact in zip(run(attention), wanted, strict=True):
+            error = (found.float() - exact.float()).norm() / exact.float().norm()
+            assert error < 1e-2, attention.name
+
+
+def examples(lengths: tuple[int, ...]) -> list[Example]:
+    drawn = np.random.default_rng(1)
+    return [
+        Example(drawn.integers(0, 1000, length, dtype=np.int32), drawn.random(length) < 0.7, index)
+        for index, length in enumerate(lengths)
+    ]
+
+
+def network(size: str, kind: str, dtype: torch.dtype) -> nn.Module:
+    """One or two layers at real sizes; weights are exact in bfloat16, adapters of a trained size."""
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind, vocab_size=1000, num_hidden_layers=1, head_dim=128, max_position_embeddings=4096, **SIZES[size]
+    )
+    torch.manual_seed(0)
+    with torch.device(device()):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    generator = torch.Generator(device()).manual_seed(1)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim > 1:
+            values = torch.empty(parameter.shape, device=device()).normal_(0, 0.02, generator=generator)
+            parameter.data.copy_(values.to(BF16))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=targets)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            values = torch.empty(parameter.shape, device=device()).normal_(0, 0.01, generator=generator)
+            parameter.data = values.to(BF16).float()
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def by_autograd(model: nn.Module, bfloat16: bool) -> dict[str, Tensor]:
+    for row in examples(LENGTHS):
+        (batch,) = micro_batches([row], 1)
+        with torch.autocast("cuda", dtype=BF16, enabled=bfloat16, cache_enabled=False):
+            loss = loss_sum(model, batch.to(device()), True)
+        if batch.num_targets:
+            (loss / 1000).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize(("size", "kind"), [("8b", "llama"), ("8b", "qwen3"), ("70b", "llama")])
+def test_gradients_are_as_near_to_float32_as_autograds_in_bfloat16(size: str, kind: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    exact = by_autograd(network(size, kind, torch.float32), False)
+    model = network(size, kind, BF16)
+    usual = by_autograd(model, True)
+    program = read_program(model, 1024, 64)
+    program.copy_masters()
+    batch = pack(examples(LENGTHS), device())
+    for keep in (Keep.ALL, Keep.INPUT):
+        program.add_gradients(batch, 1 / 1000, [keep], choose_attention(device()))
+        ours = gradients(model)
+
+        def errors(found: dict[str, Tensor]) -> dict[str, float]:
+            return {name: float((found[name] - g).norm() / g.norm()) for name, g in exact.items()}
+
+        for name, error in errors(ours).items():
+            assert error <= 1.2 * errors(usual)[name], (name, error, errors(usual)[name])
