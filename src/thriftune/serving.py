@@ -16,7 +16,7 @@ from rich.console import Console
 
 from thriftune.data import load_file
 from thriftune.errors import OutputError
-from thriftune.evaluate import TASKS, evaluate
+from thriftune.evaluate import GENERAL, GSM8K_FEW_SHOT, HARNESS, TASKS, check_task, evaluate, file_label, is_own
 from thriftune.infer.batching import Progress, ProgressCallback
 from thriftune.infer.chat import chat_loop
 from thriftune.infer.predict import predict_rows
@@ -39,9 +39,12 @@ def evaluate_target(
 ) -> EvalResult:
     """Score a target; the result and every answer are kept in the run's folder, or under evals/ for a bare model."""
     target, recipe = _target(name, words)
-    data = task_data(recipe.data, task, data_path)
+    # A run asks as it was trained, reviews with their question; a bare model is asked what the rows say.
+    own_rows = data_path if is_own(task) and not target.is_run else None
+    data = task_data(recipe.data.model_copy(update={"name": own_rows}) if own_rows else recipe.data, task, data_path)
+    check_task(task, data)
     folder = Path(name) if target.is_run and (Path(name) / "recipe.yaml").is_file() else Path("evals")
-    stem = f"eval-{task}" if folder == Path(name) else f"{_slug(name)}-{task}"
+    stem = f"eval-{file_label(task)}" if folder == Path(name) else f"{_slug(name)}-{file_label(task)}"
     if limit is not None:
         stem += f"-{limit}"
     opened = open_target(target, choose_device())
@@ -51,7 +54,13 @@ def evaluate_target(
 
 
 def evaluate_opened(
-    opened: OpenedTarget, data: DataRecipe, recipe: Recipe, task: str, split: str, limit: int | None, answers: Path
+    opened: OpenedTarget,
+    data: DataRecipe,
+    recipe: Recipe,
+    task: str,
+    split: str,
+    limit: int | None,
+    answers: Path | None,
 ) -> EvalResult:
     return evaluate(
         task,
@@ -69,8 +78,21 @@ def evaluate_opened(
 
 
 def task_data(trained_on: DataRecipe, task: str, data_path: str | None) -> DataRecipe:
-    """Where a task's rows are, rendered as the model was trained: the run's own place when it trained on that set."""
-    name = TASKS[task].data if task in TASKS else trained_on.name
+    """Where a task's rows are, rendered as the model was trained: the run's own place when it trained on that set.
+
+    A user's own task is asked of the run's data set unless `data_path` names others; the fixed general text and the
+    harness's tasks bring their own unless it does.
+    """
+    if task == GENERAL or task.startswith(HARNESS):
+        return trained_on.model_copy(update={"name": task, "path": data_path})
+    if is_own(task):
+        if data_path is None:
+            return trained_on
+        if not Path(data_path).expanduser().exists():
+            return trained_on.model_copy(update={"name": data_path, "path": None})
+        return trained_on.model_copy(update={"path": data_path})
+    names = {GSM8K_FEW_SHOT: "gsm8k"} | {name: known.data for name, known in TASKS.items()}
+    name = names.get(task, trained_on.name)
     path = data_path or (trained_on.path if trained_on.name == name else None)
     return trained_on.model_copy(
         update={"name": name, "path": path, "columns": {} if trained_on.name != name else trained_on.columns}

@@ -60,7 +60,7 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[int], z: float) -> tu
         raise InputError(
             given=f"{windows} window{'s' if windows != 1 else ''} of text",
             allowed="at least 2 windows, because the interval comes from their spread",
-            do="give a longer text, or a smaller data.max_length",
+            do="give a longer text, or for perplexity a smaller data.max_length",
         )
     tokens = sum(counts)
     mean = math.fsum(sums) / tokens

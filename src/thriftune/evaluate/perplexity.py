@@ -22,7 +22,11 @@ import torch
 
 from thriftune.errors import DataError, ModelError
 from thriftune.evaluate.intervals import Z_95, ratio_interval
+from thriftune.evaluate.score import Asked, Score, draw_subset
 from thriftune.infer.batching import Forward, ProgressCallback, answering, model_positions, run_longest_first
+from thriftune.infer.prompts import pad_token_id_of
+
+PERPLEXITY = "perplexity"
 
 # Positions whose logits are turned into float32 at once; bounds that copy at 512 times the vocabulary.
 POSITIONS_AT_ONCE = 512
@@ -39,15 +43,51 @@ class Window:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value` = exp(loss), with `low` and `high` a 95 % interval over windows; `loss` in nats a scored token."""
+    """`value` = exp(loss), with `low` and `high` a 95 % interval over windows; `loss`, in nats a scored token, with its
+    own interval."""
 
     value: float
     low: float
     high: float
     loss: float
+    loss_low: float
+    loss_high: float
     bits_per_byte: float | None
     tokens: int
     losses: list[float]
+
+
+def score_perplexity(asked: Asked) -> Score:
+    path = Path(asked.data.path or asked.data.name).expanduser()
+    length = window_length(asked.model, asked.data.max_length)
+    found, answers, details = measure_text(read_text(path), length, asked)
+    details = {"data": str(path), **details, "loss": found.loss}
+    return Score(PERPLEXITY, found.value, found.low, found.high, answers, details)
+
+
+def measure_text(text: str, length: int, asked: Asked) -> tuple[Perplexity, list[dict[str, Any]], dict[str, Any]]:
+    """A text in windows of `length` tokens -> (what was measured, one object a window, details for the record)."""
+    windows = cut_windows(text, asked.tokenizer, length)
+    indices = draw_subset(len(windows), asked.limit)
+    chosen = [windows[index] for index in indices]
+    found = measure_perplexity(
+        asked.model,
+        chosen,
+        batch_size=asked.settings.batch_size,
+        pad_token_id=pad_token_id_of(asked.tokenizer),
+        on_progress=asked.progress,
+    )
+    answers = [
+        {"row": index, "tokens": window.scored, "loss": loss / window.scored}
+        for index, window, loss in zip(indices, chosen, found.losses, strict=True)
+    ]
+    details = {
+        "windows_of_text": len(windows),
+        "max_length": length,
+        "tokens": found.tokens,
+        "bits_per_byte": found.bits_per_byte,
+    }
+    return found, answers, details
 
 
 def read_text(path: Path) -> str:
@@ -129,7 +169,7 @@ def measure_perplexity(
     loss, low, high = ratio_interval(losses, counts, Z_95)
     sizes = [window.scored_bytes for window in windows if window.scored_bytes]
     bits = math.fsum(losses) / math.log(2) / sum(sizes) if len(sizes) == len(windows) else None
-    return Perplexity(_exp(loss), _exp(low), _exp(high), loss, bits, sum(counts), losses)
+    return Perplexity(_exp(loss), _exp(low), _exp(high), loss, low, high, bits, sum(counts), losses)
 
 
 def window_length(model: Any, max_length: int) -> int:

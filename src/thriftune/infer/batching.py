@@ -5,6 +5,7 @@ Shape suffixes: B rows of a batch, K last positions, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -153,8 +154,20 @@ def check_lengths(model: Any, lengths: Sequence[int], *, extra_tokens: int, extr
         )
 
 
+@dataclass
+class Reading:
+    """What a model has read so far: its cache, and `mask` [B, T], 1 for positions that are tokens and 0 for padding."""
+
+    cache: Any
+    mask: torch.Tensor
+
+    def copy(self) -> Reading:
+        """The same place in the text, to go on from without moving the original."""
+        return Reading(copy.deepcopy(self.cache), self.mask)
+
+
 class Forward:
-    """One pass over sequences padded on the left, giving the logits of the last positions.
+    """Passes over sequences padded on the left: whole ones, or prompts that are read once and then gone on with.
 
     `forward` of a transformers model does not count positions from the attention mask as its `generate` does, so they
     are given where the model knows them. Logits at the last positions only are asked for where the model can do that;
@@ -168,15 +181,32 @@ class Forward:
         self.pad_token_id = pad_token_id
         self.takes_positions = "position_ids" in known
         self.takes_logits_to_keep = "logits_to_keep" in known
+        self.can_go_on = "past_key_values" in known
 
     def __call__(self, sequences: Sequence[Sequence[int]], last_positions: int) -> torch.Tensor:
         """Token ids of each sequence -> logits_BKV in the model's own type, K being `last_positions`."""
         ids_BT, mask_BT = pad_left(sequences, self.pad_token_id, device_of(self.model))
-        options: dict[str, Any] = {}
-        if self.takes_positions:
-            options["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        if self.takes_logits_to_keep:
-            options["logits_to_keep"] = last_positions
-        output = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **options)
+        output = self._pass(ids_BT, mask_BT, last_positions, use_cache=False)
         logits_BKV: torch.Tensor = output.logits[:, -last_positions:]
         return logits_BKV
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Reading]:
+        """Token ids of each prompt -> logits_BV at its last token, and the place to go on from."""
+        ids_BT, mask_BT = pad_left(prompts, self.pad_token_id, device_of(self.model))
+        output = self._pass(ids_BT, mask_BT, 1, use_cache=True)
+        return output.logits[:, -1], Reading(getattr(output, "past_key_values", None), mask_BT)
+
+    def read_on(self, reading: Reading, ids_BK: torch.Tensor) -> torch.Tensor:
+        """K more tokens of every row -> logits_BKV at each of them; `reading` moves on behind them."""
+        reading.mask = torch.cat([reading.mask, torch.ones_like(ids_BK)], dim=1)
+        output = self._pass(ids_BK, reading.mask, ids_BK.shape[1], use_cache=True, past_key_values=reading.cache)
+        reading.cache = output.past_key_values
+        logits_BKV: torch.Tensor = output.logits
+        return logits_BKV
+
+    def _pass(self, ids_BK: torch.Tensor, mask_BT: torch.Tensor, last_positions: int, **options: Any) -> Any:
+        if self.takes_positions:
+            options["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BK.shape[1] :]
+        if self.takes_logits_to_keep:
+            options["logits_to_keep"] = last_positions
+        return self.model(input_ids=ids_BK, attention_mask=mask_BT, **options)

@@ -53,12 +53,7 @@ def score_choices(
         ModelError: the model gives a value that is not a number.
         DoesNotFitError: a single row does not fit into memory.
     """
-    if not choices or not all(choices):
-        raise InputError(
-            given=f"choices of {[len(choice) for choice in choices]} tokens",
-            allowed="at least one choice, each of at least one token",
-            do="check the choices' texts with the model's tokenizer",
-        )
+    check_choices(choices)
     longest = max(len(choice) for choice in choices)
     check_lengths(model, [len(prompt) for prompt in prompts], extra_tokens=longest, extra_name="the longest choice")
     if not prompts:
@@ -69,6 +64,22 @@ def score_choices(
             scores_RC = _by_last_token(forward, prompts, choices, batch_size, on_progress)
         else:
             scores_RC = _by_sequence(forward, prompts, choices, batch_size, on_progress)
+    check_scores(scores_RC)
+    return scores_RC
+
+
+def check_choices(choices: list[list[int]]) -> None:
+    """Raises InputError when there is no choice, or one without a token."""
+    if not choices or not all(choices):
+        raise InputError(
+            given=f"choices of {[len(choice) for choice in choices]} tokens",
+            allowed="at least one choice, each of at least one token",
+            do="check the choices' texts with the model's tokenizer",
+        )
+
+
+def check_scores(scores_RC: torch.Tensor) -> None:
+    """Raises ModelError when a score is not a number."""
     if scores_RC.isnan().any():
         row = int(scores_RC.isnan().any(-1).nonzero()[0])
         raise ModelError(
@@ -76,7 +87,6 @@ def score_choices(
             allowed="finite outputs",
             do="look for NaN in the model's and the adapter's weights, or load the model in bfloat16 or float32",
         )
-    return scores_RC
 
 
 def _by_last_token(

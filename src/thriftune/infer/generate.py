@@ -92,7 +92,7 @@ def generate_rows(
             generation_config=_written_out(settings, stop_token_ids, pad_token_id),
             logits_processor=_pickers(settings, seed, [first_row + row for row in batch], ids_BT.shape[1]),
         )
-        return [_until_stop(row, stop_token_ids) for row in ids_BT[:, mask_BT.shape[1] :].tolist()]
+        return [until_stop(row, stop_token_ids) for row in ids_BT[:, mask_BT.shape[1] :].tolist()]
 
     with answering(model), _without_own_configuration(model):
         return run_longest_first(
@@ -229,9 +229,14 @@ def _without_own_configuration(model: Any) -> Iterator[None]:
 def _pickers(settings: GenerationRecipe, seed: int, rows: list[int], prompt_width: int) -> LogitsProcessorList:
     if settings.temperature == 0:
         return LogitsProcessorList()
-    draws = [numpy.random.default_rng([seed, row]).random(settings.max_new_tokens) for row in rows]
-    uniforms_BN = torch.from_numpy(numpy.stack(draws))
+    uniforms_BN = draw_uniforms(settings, seed, rows)
     return LogitsProcessorList([_Picker(uniforms_BN, prompt_width, settings.temperature, settings.top_p)])
+
+
+def draw_uniforms(settings: GenerationRecipe, seed: int, rows: list[int]) -> torch.Tensor:
+    """float64 in [0, 1), [rows, max_new_tokens]: what each row's tokens are sampled with, whatever its batch."""
+    draws = [numpy.random.default_rng([seed, row]).random(settings.max_new_tokens) for row in rows]
+    return torch.from_numpy(numpy.stack(draws))
 
 
 class _Picker:
@@ -265,7 +270,8 @@ def pick(logits_BV: torch.Tensor, uniform_B1: torch.Tensor, temperature: float, 
     return ids_BV.gather(1, torch.minimum(places_B1, last_B1))
 
 
-def _until_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+def until_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+    """What stands before the first stop token."""
     for place, token in enumerate(ids):
         if token in stop_token_ids:
             return ids[:place]

@@ -42,7 +42,7 @@ def predict_rows(
     total = len(rows)
     for start in range(0, total, WINDOW_ROWS):
         window = range(start, min(start + WINDOW_ROWS, total))
-        prompts = [_encoded(rows, index, tokenizer, room) for index in window]
+        prompts = [encode_row(rows, index, tokenizer, room) for index in window]
 
         def report(progress: Progress, start: int = start) -> None:
             on_progress(Progress(start + progress.done, total, progress.event))
@@ -61,7 +61,8 @@ def predict_rows(
             yield {**rows.rows[index], "prediction": decode(tokenizer, answer)}
 
 
-def _encoded(rows: Rows, index: int, tokenizer: Any, data: DataRecipe) -> list[int]:
+def encode_row(rows: Rows, index: int, tokenizer: Any, data: DataRecipe) -> list[int]:
+    """The ids of what row `index` asks, its answer left out if it has one. Raises DataError with the row's place."""
     try:
         return encode_prompt(prompt_of(rows.rows[index], data), tokenizer, data)
     except DataError as problem:
