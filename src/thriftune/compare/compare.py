@@ -1,0 +1,135 @@
+"""`thriftune compare`, top to bottom: the grid, its plan, the budget, the rates, the cells, the report."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thriftune.compare import budget
+from thriftune.compare.budget import Rent, Trimmed, plan_words, planned_s
+from thriftune.compare.cells import CellRunner
+from thriftune.compare.child import LOCK, Children, locked, value_of
+from thriftune.compare.folder import check, claim, read_cell, spent_s
+from thriftune.compare.grid import BASE, Cell, Grid, make_grid
+from thriftune.compare.jobs import Asked, PlanJob, Planned, Question
+from thriftune.compare.pages import report_folders
+from thriftune.compare.search import Say, search_all, search_s
+from thriftune.planning import read_market
+from thriftune.records import ReportRecord
+from thriftune.units import format_seconds
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`folder` has the report. `failed`: the names of cells that failed for another reason than memory."""
+
+    folder: Path
+    report: ReportRecord
+    failed: tuple[str, ...]
+    undone: bool
+
+
+def compare(asked: Asked, say: Say) -> Compared:
+    """Run what is missing of a comparison and write its report.
+
+    Raises InputError for words that make no comparison, an existing folder with another one, a budget that is too
+    small; StoppedBySignal after saving; DiskFullError.
+    """
+    grid, question, folder = _read(asked)
+    check(folder, grid, question, asked.searches)
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder / LOCK, waits=False))
+        children = Children(folder)
+        stack.enter_context(children.watching())
+        planned = _plan(grid, question, children)
+        rent, trimmed = _within_budget(asked, grid, planned, folder, say)
+        claim(folder, grid, question, asked.searches)
+        notes = [*([trimmed.note] if trimmed.note else []), *planned.notes]
+        rates = search_all(asked, grid, planned, folder, children, say)
+        most_s = budget.limit_s(asked.budget_usd, asked.budget_hours, rent)
+        runner = CellRunner(asked, grid, question, planned, folder, children, rates, rent, most_s, say)
+        notes += runner.run(trimmed)
+        report = report_folders([folder], folder, notes)
+    failed = tuple(cell.name for cell in report.cells if cell.status == "failed")
+    return Compared(folder, report, failed, not any(cell.status == "done" for cell in report.cells))
+
+
+def show_grid(asked: Asked, say: Say) -> dict[str, Any]:
+    """What `compare` would run, with the plan of each cell and the sum; nothing is trained or written."""
+    import tempfile
+
+    grid, question, folder = _read(asked)
+    check(folder, grid, question, asked.searches)
+    with tempfile.TemporaryDirectory() as aside:
+        children = Children(Path(aside))
+        with children.watching():
+            planned = _plan(grid, question, children)
+        rent, trimmed = _within_budget(asked, grid, planned, folder, say)
+    cells = []
+    for cell in grid.cells:
+        plan = planned.plans.get(cell.variant) if cell.method != BASE else None
+        cells.append(
+            {
+                "cell": cell.name,
+                "overrides": cell.overrides,
+                "skipped": cell in trimmed.skipped,
+                "plan": plan.model_dump(mode="json") if plan else None,
+            }
+        )
+    return {"output": str(folder), "steps": planned.steps, "cells": cells, "price": rent.words() if rent else None}
+
+
+def _read(asked: Asked) -> tuple[Grid, Question, Path]:
+    grid = make_grid(asked.words, asked.config, asked.values, asked.methods, asked.seeds)
+    data, model = grid.recipe.data.name, grid.recipe.model.name
+    task = asked.task or data
+    folder = asked.output or Path("compare") / f"{Path(model).name}-{Path(data).name.split('.')[0]}".lower()
+    return grid, Question(task, asked.split, asked.limit, asked.general_text), folder
+
+
+def _plan(grid: Grid, question: Question, children: Children) -> Planned:
+    recipes = {cell.variant: cell.recipe("planned") for cell in reversed(grid.cells) if cell.method != BASE}
+    if not recipes:
+        recipes = {BASE: grid.cells[0].recipe("planned")}
+    found: Planned = value_of(children.call("plan_cells", PlanJob(dict(reversed(recipes.items())), question)))
+    return found
+
+
+def _within_budget(asked: Asked, grid: Grid, planned: Planned, folder: Path, say: Say) -> tuple[Rent | None, Trimmed]:
+    """Print the grid with its plan and the sum, and leave out what the budget does not hold."""
+    rent = budget.find_rent(asked.gpu, read_market())
+    most_s = budget.limit_s(asked.budget_usd, asked.budget_hours, rent)
+    missing = [cell for cell in grid.cells if _is_missing(folder, cell, asked.force)]
+    timed = all(planned.plans.get(cell.variant) is None or planned_s(planned, cell) for cell in missing)
+    searching_s = search_s(asked, grid, planned, folder)
+    say(
+        f"{len(grid.cells)} cells, {len(grid.cells) - len(missing)} of them done; {planned.data}; {planned.steps} steps"
+    )
+    for cell in grid.cells:
+        if cell.seed in (None, grid.seeds[0] if grid.seeds else None):
+            say(f"  {cell.variant}: {plan_words(planned, cell, rent)}" + _times(cell, grid))
+    total_s = searching_s + sum(planned_s(planned, cell) for cell in missing)
+    if total_s:
+        searching = f", {format_seconds(searching_s)} of it for the learning-rate search" if searching_s else ""
+        money = f", ${rent.usd(total_s):.2f} ({rent.words()})" if rent else ""
+        say(f"planned: {format_seconds(total_s)} of training{searching}{money}; evaluations come on top")
+    if most_s is None:
+        return rent, Trimmed(tuple(missing), ())
+    if not timed or planned.device == "cpu":
+        say("the budget: no times are planned for a CPU, so it is held against the time of finished cells")
+        return rent, Trimmed(tuple(missing), ())
+    trimmed = budget.trim(missing, lambda cell: planned_s(planned, cell), spent_s(folder) + searching_s, most_s, rent)
+    if trimmed.note:
+        say(trimmed.note)
+    return rent, trimmed
+
+
+def _is_missing(folder: Path, cell: Cell, force: bool) -> bool:
+    record = read_cell(folder, cell)
+    return record is None or record.status not in (("done",) if force else ("done", "out_of_memory"))
+
+
+def _times(cell: Cell, grid: Grid) -> str:
+    return "" if cell.seed is None or len(grid.seeds) == 1 else f", for each of {len(grid.seeds)} seeds"

@@ -1,0 +1,88 @@
+"""What the comparing process hands to its children and gets back. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thriftune.recipe import Recipe
+from thriftune.records import PlannedMethod
+
+
+@dataclass(frozen=True)
+class Question:
+    """What every cell is asked: the task with its split and rows, and the general text (None: the package's own)."""
+
+    task: str
+    split: str
+    limit: int | None
+    general_text: str | None
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """Train and score one cell. `command` goes into the run's record; `force` trains what the plan says cannot fit."""
+
+    folder: Path
+    method: str
+    variant: str
+    seed: int | None
+    overrides: dict[str, Any]
+    recipe: Recipe
+    plan: PlannedMethod | None
+    question: Question
+    force: bool
+    command: str
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """`recipes`: variant -> its recipe, all on the same rows; the base model's alone when nothing is trained."""
+
+    recipes: Mapping[str, Recipe]
+    question: Question
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`plans`: variant -> its plan on this machine, None where none can be made; then `notes` says why."""
+
+    rows: int
+    steps: int
+    data: str
+    device: str
+    plans: dict[str, PlannedMethod | None]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class RateJob:
+    """One run of the learning-rate search."""
+
+    recipe: Recipe
+    force: bool
+    command: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The verb's words and options as given. `command` is the whole line, for the records."""
+
+    words: Sequence[str]
+    config: Path | None
+    values: dict[str, Any]
+    methods: Sequence[str]
+    seeds: str
+    task: str | None
+    split: str
+    limit: int | None
+    general_text: str | None
+    output: Path | None
+    searches: bool
+    gpu: str | None
+    budget_usd: float | None
+    budget_hours: float | None
+    force: bool
+    command: str
