@@ -80,9 +80,13 @@ def tiny_rows(path: Path, count: int, *, seed: int = 0) -> Path:
 
 
 def tiny_recipe(model: Path, rows: Path, output: Path, *, method: str = "lora", **sections: Any) -> Recipe:
-    """A recipe of six steps of four rows, no warm-up, a rate that moves the loss. `train={...}` and so on override."""
+    """A recipe of six steps of four rows, no warm-up, a rate that moves the loss. `train={...}` and so on override.
+
+    Without the engine, unless `engine="auto"`: most tests of the loop look into the model's own forward pass.
+    """
     tree: dict[str, Any] = {
         "method": method,
+        "engine": "off",
         "model": {"name": str(model)},
         "data": {"name": str(rows), "max_length": 128},
         "train": {

@@ -13,20 +13,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from thriftune.data import PreparedData, prepare
+from thriftune.data import PreparedData, largest_step, prepare
+from thriftune.engine.choose import engine_path, warm_up, why_not_here
 from thriftune.errors import DiskFullError, OutputError, StoppedBySignal, ThriftuneError
 from thriftune.machine import choose_device, hardware, quiet_libraries, versions
 from thriftune.methods import METHODS, Method, trainable_parameters
+from thriftune.model_files import read_config
 from thriftune.models import LoadedModel, describe_model, load_model, load_tokenizer
 from thriftune.models.load import ModelDescription, choose_dtype
 from thriftune.models.surgery import count_parameters, enable_checkpointing
 from thriftune.plan.search import Device
 from thriftune.plan.work import Rows
-from thriftune.planning import RunPlan, cpu_device, own_gpu, plan_run, refuse_too_long, unknown_gpu
+from thriftune.planning import RunPlan, cpu_device, own_gpu, plan_run, refuse_other_plans, refuse_too_long, unknown_gpu
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import RunRecord, write_record, write_text_atomically
 from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
@@ -36,7 +38,8 @@ from thriftune.train.observe import MetricsFile
 from thriftune.train.trackers import Trackers, start_processes
 
 PLAN_FILE = "plan.json"
-GENERIC_PATH_REASON = "transformers' model with autograd: the engine has not landed yet"
+# Bytes a trained parameter that a step's gradient and the optimizer's states take: float32 ones, and 8-bit states.
+LATER_BYTES = {"adamw_torch": 12, "paged_adamw_32bit": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def prepare_run(recipe: Recipe, *, force: bool = False) -> Prepared:
     """
     quiet_libraries()
     device = choose_device()
-    place = _place(device)
+    place = run_place(device)
     description = describe_model(recipe.model)
     dtype = choose_dtype(recipe.model, device)
     tokenizer = load_tokenizer(recipe.model, description.folder)
@@ -81,12 +84,16 @@ def prepare_run(recipe: Recipe, *, force: bool = False) -> Prepared:
     return Prepared(resolved, description, data, tokenizer, device, dtype, planned)
 
 
-def _place(device: torch.device) -> Device:
-    """The GPUs or the memory that the run is planned for. The driver is asked first: a context takes memory itself."""
+def run_place(device: torch.device) -> Device:
+    """The GPUs or the memory that the run is planned for. The driver is asked first: a context takes memory itself.
+
+    Of several processes each plans for the fullest GPU of its machine, so that all come to the same settings.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if device.type != "cuda":
         return cpu_device(count)
-    place = own_gpu(device.index, count)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count())
+    place = own_gpu(range(beside) if count > 1 else [device.index], count)
     if place is None:
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         place = unknown_gpu(torch.cuda.get_device_name(device), total_bytes, free_bytes, count)
@@ -135,13 +142,18 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     if processes.is_main:
         _claim(output, prepared)
     processes.barrier()
+    refuse_other_plans(processes.unlike_main(prepared.planned.decision), processes.world)
     method = METHODS[recipe.method]
+    warming = warm_up(read_config(prepared.description.folder), recipe, device, method.four_bit)
     loaded = load_model(
         recipe.model, device=device, dtype=prepared.dtype, quant=recipe.quant if method.four_bit else None
     )
     total_parameters = count_parameters(loaded.model)
     model = method.attach(loaded, recipe)
-    job = _job(prepared, method, loaded, model, processes, output, resume_command)
+    job, path_reason = _with_path(_job(prepared, method, loaded, model, processes, output, resume_command))
+    path_name: Literal["engine", "generic"] = "generic" if job.path is None else job.path.name
+    for observer in observers if processes.is_main else []:
+        observer.event(f"path: {path_name} ({path_reason})")
     trackers: list[Observer] = [Trackers(accelerator, recipe)] if recipe.report_to else []
     watching = Observers([*observers, MetricsFile(output / "metrics.jsonl"), *trackers] if processes.is_main else [])
 
@@ -150,8 +162,8 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
         return RunRecord(
             status=status,
             method=recipe.method,
-            path="generic",
-            path_reason=GENERIC_PATH_REASON,
+            path=path_name,
+            path_reason=path_reason,
             model=recipe.model.name,
             trainable_parameters=trainable_parameters(model) or trainable,
             total_parameters=total_parameters,
@@ -182,6 +194,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     trainable = trainable_parameters(model)
     if prepared.planned.note:
         watching.events.append(prepared.planned.note)
+    warming.wait()
     try:
         with _stop_signals() as stop, job.product_types():
             outcome = train(job, watching, stop)
@@ -229,6 +242,21 @@ def _job(
         identity=_identity(prepared, processes.world),
         resume_command=resume_command,
     )
+
+
+def _with_path(job: TrainJob) -> tuple[TrainJob, str]:
+    """The job with the engine as its path, or as it is; and why."""
+    device = job.processes.device
+    reason = why_not_here(job.model, job.recipe, device)
+    if reason is not None:
+        return job, f"autograd through transformers' model: {reason}"
+    lengths = [*job.lengths, *map(len, job.eval_examples)]
+    step_tokens = largest_step(job.order, job.lengths, job.processes.world)
+    a_parameter = LATER_BYTES.get(job.recipe.train.optim, 12)
+    later_bytes = a_parameter * trainable_parameters(job.model)
+    switch = job.recipe.train.gradient_checkpointing
+    path = engine_path(job.model, device, lengths, step_tokens, later_bytes, switch)
+    return replace(job, path=path), f"explicit forward and backward pass; attention: {path.attention.name}"
 
 
 def _identity(prepared: Prepared, world: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ IDENTITY = {"model": "tiny", "seed": 7, "lora": {"r": 4, "target_modules": ["q_p
 
 
 def state_at(step: int, **changes) -> TrainState:
-    return TrainState(step=step, rows_at_once=2, checkpointing=False, identity=IDENTITY, **changes)
+    return TrainState(step=step, path={"rows_at_once": 2, "checkpointing": False}, identity=IDENTITY, **changes)
 
 
 def write_parts(folder: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_model import byte_tokenizer, chain_model, says
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from chain_model import byte_tokenizer, chain_model, says
 from thriftune.data import Rows, encode_prompt
 from thriftune.data.sources import Places
 from thriftune.errors import DataError, InputError

@@ -12,7 +12,7 @@ from thriftune.catalog.gpus import built_in_gpus
 from thriftune.catalog.models import find_model
 from thriftune.catalog.prices import ElectricityPrice
 from thriftune.catalog.rows import Price
-from thriftune.cli import _recipe
+from thriftune.cli.app import recipe_of_words
 from thriftune.plan import advise
 from thriftune.plan.command import settled, train_command
 from thriftune.plan.cost import ELECTRICITY, POWER_SHARE, Market, cheapest, price_notes, run_dollars
@@ -318,7 +318,7 @@ def test_the_command_reads_back_to_the_planned_recipe(words):
     line = shlex.split(train_command(recipe, found, 1, data_named=True))
     assert line[:4] == ["thriftune", "train", "org/name", "--data"]
     assert line[5] == "--method"
-    again = _recipe([line[2], *line[7:]], None, {"data": line[4], "method": line[6]})
+    again = recipe_of_words([line[2], *line[7:]], None, {"data": line[4], "method": line[6]})
     assert again == settled(recipe, found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -55,6 +56,9 @@ def test_json_has_the_fields_of_the_issue(run):
 def test_the_text_and_the_article(run):
     text = run("plan", "meta-llama/Llama-3.1-70B", "--gpu", "rtx-4090").ok().out
     assert "not weights" in text and "recommended: nothing here" in text
+    assert re.search(r"(?m)^ +qlora +no, \S+ GiB +\S+ GiB +- +- +- +- +-$", text), (
+        "no time and money for what cannot run"
+    )
     article = run("plan", "llama-3-8b", "--gpu", "h200", "--article").ok().out
     assert "full" in article and "LoRA" in article and "QLoRA" in article and "41,943,040" in article
     for printed in (text, article):
@@ -125,6 +129,54 @@ def test_a_cold_start_takes_less_than_a_second_and_loads_no_torch(tmp_path, reco
             break
     record_property("seconds", best)
     assert best < 1
+
+
+# ---------------------------------------------------------------- measured on this machine
+
+
+def test_measured_times_take_the_place_of_estimates(run, base):
+    outcome = run("plan", base, "--data", "rows.jsonl", "--measure", "--json", "lora_r=4", "max_steps=5").ok()
+    (found,) = outcome.json["gpus"]
+    assert found["gpu"] == "cpu" and "planned for this computer's CPU" in " ".join(outcome.json["notes"])
+    for method in found["methods"]:
+        assert method["step_s"] > 0 and method["run_s"] == pytest.approx(5 * method["step_s"])
+        assert method["tokens_per_s"] == pytest.approx(outcome.json["tokens"] / method["run_s"], rel=0.2)
+        assert "was measured on this machine: all 2 layers timed" in method["notes"][-1]
+        assert f"measuring {method['method']} on cpu" in outcome.err
+    assert "a step, by all 2 layers; measuring took" in outcome.err
+    text = run("plan", base, "--method", "lora", "--measure", "--gpu", "cpu", "max_length=32").ok().out
+    assert "lora was measured on this machine" in text and "not estimated for CPUs" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "h200"], "--measure with --gpu h200"),
+        (["--gpu", "local", "--gpu", "h200"], "--gpu local --gpu h200"),
+        (["--gpu", "rtx-9999"], "thriftune gpus"),
+        (["--gpu", "cpu", "--gpu", "cpu"], "--gpu cpu --gpu cpu"),
+        (["--gpus", "2"], "2 GPUs to measure on; this machine has 0"),
+        (["--gpu", "2xlocal"], "2 GPUs to measure on; this machine has 0"),
+        (["--gpus", "0"], "0 GPUs"),
+        (["--method", "lorra"], "full, lora, qlora"),
+    ],
+)
+def test_only_this_machine_is_measured(run, words, says):
+    run("plan", "pocket", "--measure", *words).refused(says)
+
+
+def test_what_cannot_be_measured_says_so_and_the_plan_is_made(run, base, tmp_path, monkeypatch):
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
+    outcome = run("plan", "./odd", "--measure", "--method", "lora", "--json", "max_length=32").ok()
+    (method,) = outcome.json["gpus"][0]["methods"]
+    assert method["step_s"] == 0 and method["fits"] and "not measured" in outcome.err
+    assert method["notes"][-1].startswith("was not measured: transformers builds no causal language model")
+    monkeypatch.setattr("thriftune.planning.devices.machine_memory", lambda: (1000, 1000))
+    content = run("plan", base, "--measure", "--json", "max_length=32").ok().json
+    for method in content["gpus"][0]["methods"]:
+        assert not method["fits"] and method["notes"][-1] == "was not measured, because it does not fit"
 
 
 # ---------------------------------------------------------------- train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from thriftune.catalog.gpus import built_in_gpus
+from thriftune.catalog.models import all_models
 from thriftune.errors import DataError, DoesNotFitError, InputError, ModelError
 from thriftune.plan.search import Device
 from thriftune.plan.work import Rows, assumed_rows
@@ -19,7 +21,8 @@ from thriftune.planning.devices import DEFAULT_GPUS, find_devices, machine_memor
 from thriftune.planning.model import find_planned_model
 from thriftune.recipe import ModelRecipe, Recipe, read_recipe
 from thriftune.records import Plan
-from thriftune.units import GIB
+from thriftune.run import run_place
+from thriftune.units import GIB, MIB
 from tiny import tiny_model, tiny_rows
 
 CONFIG = {
@@ -104,6 +107,14 @@ def test_catalogue_names_in_any_spelling_become_the_hubs(name):
     model = found(name)
     assert model.name == "meta-llama/Meta-Llama-3-8B" and model.shape.total_parameters == 8_030_261_248
     assert "catalogue" in model.source and model.folder is None
+
+
+@pytest.mark.parametrize("row", all_models(), ids=lambda row: row.name)
+def test_every_model_of_the_catalogue_is_found_by_its_name(row):
+    model = found(row.name)
+    assert model.name == (row.hub_ids[0] if row.hub_ids else row.name)
+    assert model.config is row.config and "catalogue" in model.source
+    assert bool(model.notes) == (not row.hub_ids)
 
 
 def test_the_pocket_model_is_planned_from_the_package():
@@ -234,6 +245,12 @@ def test_without_a_gpu_a_few_usual_ones_are_planned_and_it_is_said():
     assert [found.gpu for found in plan(gpu=("local", "a6000")).gpus] == ["a6000"]
 
 
+def test_this_computers_cpu_can_be_asked_for_by_name():
+    (found_place,) = plan(model="pocket", gpu=("cpu",)).gpus
+    assert found_place.gpu == "cpu" and "--measure" in " ".join(found_place.notes)
+    assert [method.step_s for method in found_place.methods] == [0, 0, 0]
+
+
 def test_several_gpus_in_the_order_asked():
     devices, _ = find_devices(["h200", "2xt4"], None, read_market())
     assert [(device.gpu.key, device.count) for device in devices] == [("h200", 1), ("t4", 2)]
@@ -272,9 +289,48 @@ def test_a_users_gpu_and_price_are_used(nowhere):
 def test_this_machines_memory_and_cards_the_catalogue_lacks():
     available, total = machine_memory()
     assert 10**8 < available <= total and cpu_device().usable_bytes <= total
-    assert own_gpu(0, 1) is None
+    assert own_gpu([0], 1) is None
     strange = unknown_gpu("NVIDIA X", 20 * GIB, 15 * GIB, 1)
     assert (strange.gpu.name, strange.usable_bytes, strange.gpu.unified_memory) == ("NVIDIA X", 15 * GIB, False)
+
+
+def driver_says(home: Path, monkeypatch, *lines: str) -> None:
+    """A driver with these GPUs: nvidia-smi as a script at the front of PATH."""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program = home / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines) + "\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home}:/usr/bin:/bin")
+
+
+def test_every_process_of_a_machine_plans_for_its_fullest_gpu(nowhere, monkeypatch):
+    """Free memory differs from GPU to GPU; settings must not."""
+    lines = [
+        f"{index}, GPU-{index}, NVIDIA H200, 143771, {free}, 700.00, 9.0"
+        for index, free in enumerate((140_000, 90_000, 60_000))
+    ]
+    driver_says(nowhere, monkeypatch, *lines)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    places = [run_place(torch.device("cuda", rank)) for rank in range(2)]
+    assert places[0] == places[1]
+    assert (places[0].gpu.key, places[0].count, places[0].usable_bytes) == ("h200", 2, 90_000 * MIB)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run_place(torch.device("cuda", 2)).usable_bytes == 60_000 * MIB
+    assert own_gpu([0, 3], 2) is None
+
+
+def test_a_gpu_that_the_catalogue_lacks_is_planned_with_its_own_memory(nowhere, monkeypatch):
+    driver_says(nowhere, monkeypatch, "0, GPU-0, NVIDIA GeForce RTX 9999, 65536, 65000, 800.00, 15.0")
+    place = own_gpu([0], 1)
+    assert (place.gpu.name, place.gpu.memory_bytes, place.usable_bytes) == (
+        "NVIDIA GeForce RTX 9999",
+        64 * GIB,
+        65_000 * MIB,
+    )
+    driver_says(nowhere, monkeypatch, "0, GPU-0, NVIDIA GeForce RTX 9999, [N/A], [N/A], 800.00, 15.0")
+    assert own_gpu([0], 1) is None
 
 
 # ---------------------------------------------------------------- a run that is about to start

@@ -32,6 +32,7 @@ from thriftune.recipe.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml, 
 # A value for every option that differs from its default, so that a test sees whether it arrived.
 OTHER_VALUES: dict[str, Any] = {
     "method": "qlora",
+    "engine": "off",
     "model.name": "org/model",
     "model.revision": "abc",
     "model.trust_remote_code": True,

@@ -26,8 +26,9 @@ def recovery(rows: int = 8, checkpointing: bool = False, allowed: bool = True) -
     return Recovery(rows, checkpointing, (lambda: switched.append("on")) if allowed else None), switched
 
 
-def fits(rows_that_fit: int, asked: list[int]):
-    def attempt(rows_at_once: int) -> str:
+def fits(plan: Recovery, rows_that_fit: int, asked: list[int]):
+    def attempt() -> str:
+        rows_at_once = plan.rows_at_once
         asked.append(rows_at_once)
         if rows_at_once > rows_that_fit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
@@ -41,7 +42,7 @@ def test_rows_are_halved_until_it_fits_and_each_time_it_is_cleaned_and_said():
     said: list[str] = []
     cleaned: list[int] = []
     plan, switched = recovery(9)
-    result = until_it_fits(fits(2, asked), plan, lambda: cleaned.append(len(asked)), said.append)
+    result = until_it_fits(fits(plan, 2, asked), plan, lambda: cleaned.append(len(asked)), said.append)
     assert (result, plan.rows_at_once, plan.checkpointing, switched) == ("2 rows", 2, False, [])
     assert (asked, cleaned) == ([9, 4, 2], [1, 2])
     assert said == [
@@ -55,7 +56,7 @@ def test_at_one_row_checkpointing_is_switched_on_once_and_then_it_ends():
     asked: list[int] = []
     plan, switched = recovery(2)
     with pytest.raises(DoesNotFitError, match="checkpointing on runs out of memory: CUDA out of memory") as caught:
-        until_it_fits(fits(0, asked), plan, lambda: None, said.append)
+        until_it_fits(fits(plan, 0, asked), plan, lambda: None, said.append)
     assert caught.value.exit_code == 3
     assert "more" not in caught.value.given, "one line of the reason is enough"
     assert (asked, switched, plan.checkpointing) == ([2, 1, 1], ["on"], True)
@@ -67,7 +68,7 @@ def test_checkpointing_that_is_on_or_refused_is_not_switched_on(checkpointing):
     plan, _ = recovery(1, checkpointing, allowed=False)
     word = "on" if checkpointing else "off"
     with pytest.raises(DoesNotFitError, match=f"checkpointing {word} runs out"):
-        until_it_fits(fits(0, []), plan, lambda: None, print)
+        until_it_fits(fits(plan, 0, []), plan, lambda: None, print)
 
 
 def test_what_the_failed_attempt_held_is_free_before_the_next():
@@ -77,16 +78,18 @@ def test_what_the_failed_attempt_held_is_free_before_the_next():
     held: list[weakref.ref] = []
     alive: list[bool] = []
 
-    def attempt(rows_at_once: int) -> None:
+    plan = recovery(4)[0]
+
+    def attempt() -> None:
         alive.extend(reference() is not None for reference in held)
         activations = Activations()
         held.append(weakref.ref(activations))
-        if rows_at_once > 1:
+        if plan.rows_at_once > 1:
             raise torch.OutOfMemoryError("full")
 
     gc.disable()
     try:
-        until_it_fits(attempt, recovery(4)[0], lambda: None, lambda text: None)
+        until_it_fits(attempt, plan, lambda: None, lambda text: None)
     finally:
         gc.enable()
     assert alive == [False, False, False]
@@ -112,12 +115,14 @@ def test_what_counts_as_out_of_memory(error, counts):
 def test_other_errors_come_through_at_once(error):
     asked: list[int] = []
 
-    def attempt(rows_at_once: int) -> None:
-        asked.append(rows_at_once)
+    plan = recovery()[0]
+
+    def attempt() -> None:
+        asked.append(plan.rows_at_once)
         raise error
 
     with pytest.raises(type(error)):
-        until_it_fits(attempt, recovery()[0], lambda: None, print)
+        until_it_fits(attempt, plan, lambda: None, print)
     assert asked == [8]
 
 

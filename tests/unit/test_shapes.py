@@ -212,6 +212,15 @@ def test_a_larger_model_is_planned_by_its_text_part() -> None:
     assert not from_config({**outer, "tie_word_embeddings": True}, "seeing").tied
 
 
+def test_what_is_wrong_in_a_part_for_images_is_named() -> None:
+    text = {**LLAMA, "model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
+    with pytest.raises(ModelError, match="vision_config: hidden_size must be") as caught:
+        from_config({"model_type": "gemma4", "text_config": text, "vision_config": {"hidden_size": 0}}, "small")
+    assert "vision_config: num_hidden_layers is missing" in caught.value.given
+    blind = from_config({"model_type": "gemma4", "text_config": text, "vision_config": None}, "small")
+    assert not blind.sight and "images or sound is not counted" in blind.notes[0]
+
+
 def test_an_unknown_family_is_estimated_as_the_usual_decoder() -> None:
     known = from_config(LLAMA, "small")
     unknown = from_config({**LLAMA, "model_type": "unheard-of"}, "small")

@@ -170,7 +170,7 @@ def paged_optimizer_note(qlora: PlannedMethod | None, gpu: Gpu) -> str | None:
         return None
     small = " on a card of 24 GB or less" if gpu.memory_bytes <= SMALL_CARD_BYTES else ""
     return (
-        f"the 4-bit weights alone take {format_bytes(qlora.memory['weights'])} of {format_bytes(qlora.usable_bytes)}. "
+        f"qlora's weights alone take {format_bytes(qlora.memory['weights'])} of {format_bytes(qlora.usable_bytes)}. "
         f"A paged optimizer does not help{small}: it pages optimizer states, not weights. Streaming the weights from "
         "the computer's memory is what would be needed; that is not built in yet"
     )

@@ -19,18 +19,29 @@ from thriftune.plan.advise import (
 from thriftune.plan.command import train_command
 from thriftune.plan.cost import Market, price_notes, run_dollars
 from thriftune.plan.memory import optimizer_of
-from thriftune.plan.search import Candidate, Case, Device, candidates, choose, longest_that_fits, smallest_gpu
+from thriftune.plan.search import (
+    Candidate,
+    Case,
+    Device,
+    Stopwatch,
+    candidates,
+    choose,
+    longest_that_fits,
+    smallest_gpu,
+)
 from thriftune.plan.time import efficiency_of
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
 from thriftune.units import format_bytes
 
 METHODS = ("full", "lora", "qlora")
 NO_TIME = "not estimated"  # limited_by where there is no GPU
+NO_CPU_TIME = "time is not estimated for CPUs; `thriftune plan --measure` times a few layers on this one"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A case and how its answer is wanted. `data_named`: the rows' lengths are of a person's data, not assumed."""
+    """A case and how its answer is wanted. `data_named`: the rows' lengths are of a person's data, not assumed. With a
+    `stopwatch` the times of what fits are its own instead of the table's."""
 
     case: Case
     methods: Sequence[str]
@@ -38,6 +49,7 @@ class Question:
     data_named: bool
     model_source: str
     notes: tuple[str, ...] = ()
+    stopwatch: Stopwatch | None = None
 
 
 def make_plan(question: Question, devices: Sequence[Device], market: Market) -> Plan:
@@ -58,7 +70,7 @@ def make_plan(question: Question, devices: Sequence[Device], market: Market) -> 
 
 def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     case = question.case
-    planned = [plan_method(case, method, device, market) for method in question.methods]
+    planned = [plan_method(case, method, device, market, question.stopwatch) for method in question.methods]
     chosen, reasons = recommend(planned, question.prefer)
     by_name = {plan.method: plan for plan in planned}
     paged = paged_optimizer_note(by_name.get("qlora"), device.gpu) if device.gpu else None
@@ -76,6 +88,7 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
         sharded_full_note(by_name.get("full"), device.count) if device.gpu else None,
         stacked_experts_note(case.shape, question.methods),
         paged if chosen is not None else None,
+        *_notes_of_times(question, device, planned, chosen),
         *_notes_of_gpu(device, market),
     ]
     return GpuPlan(
@@ -87,28 +100,49 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     )
 
 
+def _notes_of_times(
+    question: Question, device: Device, planned: Sequence[PlannedMethod], chosen: PlannedMethod | None
+) -> list[str]:
+    """Where the times come from. What was timed says so itself; the chosen method's words are among its reasons."""
+    if question.stopwatch is not None:
+        return [f"{plan.method} {plan.notes[-1]}" for plan in planned if plan.fits and plan is not chosen]
+    if device.gpu is None:
+        return [NO_CPU_TIME]
+    if efficiency_of(device.gpu).measured:
+        return []
+    return [
+        "times are from this GPU's stated rates and the shares of them that an H200 reached: nobody has measured this "
+        "kind of GPU with thriftune yet; on a machine that has one, --measure does"
+    ]
+
+
 def _notes_of_gpu(device: Device, market: Market) -> list[str]:
     gpu = device.gpu
     if gpu is None:
-        return ["time is not estimated for CPUs"]
+        return []
     notes = []
-    if not efficiency_of(gpu).measured:
-        notes.append(
-            "times are from this GPU's stated rates and the shares of them that an H200 reached: nobody has measured "
-            "this kind of GPU with thriftune yet"
-        )
     if gpu.unified_memory:
         notes.append("thriftune trains on CUDA GPUs and CPUs today; the numbers are what this GPU would need")
     return [*notes, *price_notes(market.prices_of(gpu), device.count, market.today)]
 
 
-def plan_method(case: Case, method: str, device: Device, market: Market) -> PlannedMethod:
+def plan_method(
+    case: Case, method: str, device: Device, market: Market, stopwatch: Stopwatch | None = None
+) -> PlannedMethod:
     """One method with the best settings that the recipe leaves open; the smallest ones when nothing fits."""
     adapter = adapter_of(case.shape, case.recipe.lora, method)
     chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
     fits = chosen.memory.peak_bytes <= device.usable_bytes
     time, work = chosen.time, chosen.work
-    run_s = time.step_s * work.steps if time else 0.0
+    step_s = time.step_s if time else 0.0
+    notes = _settings_notes(case, chosen) if fits else _what_would_fit(case, method, device, chosen, market)
+    if stopwatch is not None and fits:
+        timed = stopwatch(method, chosen)
+        step_s = step_s if timed.step_s is None else timed.step_s
+        notes = [*notes, timed.note]
+    elif stopwatch is not None:
+        notes = [*notes, "was not measured, because it does not fit"]
+    run_s = step_s * work.steps
     cost = {}
     if device.gpu is not None:
         cost = run_dollars(device.gpu, device.count, run_s, market.prices_of(device.gpu), market.electricity)
@@ -122,13 +156,13 @@ def plan_method(case: Case, method: str, device: Device, market: Market) -> Plan
         memory=chosen.memory.parts,
         trainable_parameters=adapter.trained,
         total_parameters=case.shape.total_parameters,
-        tokens_per_s=time.tokens_per_s if time else 0.0,
-        step_s=time.step_s if time else 0.0,
+        tokens_per_s=work.tokens_per_step / step_s if step_s else 0.0,
+        step_s=step_s,
         run_s=run_s,
         cost_usd=cost,
         limited_by=time.limited_by if time else NO_TIME,
         settings=chosen.settings(case.recipe, optimizer_of(case.recipe, method, device.gpu is not None)),
-        notes=_settings_notes(case, chosen) if fits else _what_would_fit(case, method, device, chosen, market),
+        notes=notes,
     )
 
 

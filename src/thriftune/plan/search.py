@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from thriftune.catalog.rows import Gpu
 from thriftune.plan.adapter import Adapter, adapter_of
 from thriftune.plan.memory import memory_of, setup_of
 from thriftune.plan.time import time_of
-from thriftune.plan.values import Memory, Time, Work
+from thriftune.plan.values import Memory, Time, Timed, Work
 from thriftune.plan.work import Rows, work_of
 from thriftune.recipe import Recipe
 from thriftune.shapes import ModelShape
@@ -90,6 +90,9 @@ class Candidate:
         else:
             found["num_train_epochs"] = train.num_train_epochs
         return found
+
+
+Stopwatch = Callable[[str, Candidate], Timed]  # times a method, by name, with these settings
 
 
 def allowed_settings(case: Case) -> Iterator[tuple[int, bool]]:

@@ -63,7 +63,7 @@ def _method_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
                 format_bytes(plan.peak_bytes),
                 *_pace(plan),
                 _cheapest_words(plan),
-                plan.limited_by,
+                plan.limited_by if plan.fits else "-",
             ]
         )
     return rows
@@ -81,14 +81,19 @@ def fit_words(plan: PlannedMethod) -> str:
 
 
 def _pace(plan: PlannedMethod) -> list[str]:
-    if not plan.step_s:
+    if not _has_time(plan):
         return ["-", "-", "-"]
     return [format_count(round(plan.tokens_per_s)), format_seconds(plan.step_s), format_seconds(plan.run_s)]
 
 
+def _has_time(plan: PlannedMethod) -> bool:
+    """Not for what does not fit: nobody can have that time for that money here."""
+    return plan.fits and plan.step_s > 0
+
+
 def _cheapest_words(plan: PlannedMethod) -> str:
     found = cheapest(plan.cost_usd)
-    return dollars(found[1]) if found else "-"
+    return dollars(found[1]) if found and _has_time(plan) else "-"
 
 
 def dollars(amount: float) -> str:
@@ -119,9 +124,9 @@ def _article_rows(found: GpuPlan) -> list[list[str]]:
         ["share", *(format_share(plan.trainable_parameters, plan.total_parameters) for plan in methods)],
         ["memory", *(format_bytes(plan.peak_bytes) for plan in methods)],
         ["fits", *(fit_words(plan) for plan in methods)],
-        [f"time {span}", *(format_seconds(plan.run_s / epochs) if plan.step_s else "-" for plan in methods)],
-        [f"rent {span}", *(_money(cheapest(plan.cost_usd), epochs) for plan in methods)],
-        [f"electricity {span}", *(_money(_electricity(plan), epochs) for plan in methods)],
+        [f"time {span}", *(format_seconds(plan.run_s / epochs) if _has_time(plan) else "-" for plan in methods)],
+        [f"rent {span}", *(_money(plan, cheapest(plan.cost_usd), epochs) for plan in methods)],
+        [f"electricity {span}", *(_money(plan, _electricity(plan), epochs) for plan in methods)],
     ]
 
 
@@ -129,8 +134,8 @@ def _electricity(plan: PlannedMethod) -> tuple[str, float] | None:
     return next((item for item in plan.cost_usd.items() if item[0] == ELECTRICITY), None)
 
 
-def _money(found: tuple[str, float] | None, epochs: float) -> str:
-    return dollars(found[1] / epochs) if found else "-"
+def _money(plan: PlannedMethod, found: tuple[str, float] | None, epochs: float) -> str:
+    return dollars(found[1] / epochs) if found and _has_time(plan) else "-"
 
 
 def _costs(plan: PlannedMethod) -> str:

@@ -58,3 +58,12 @@ class Time:
     launch_s: float
     limited_by: LimitedBy
     tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Seconds of a step as a stopwatch found them on this machine, None where it could not. `note` is a sentence
+    without its subject, the method: what was timed, or why nothing was."""
+
+    step_s: float | None
+    note: str

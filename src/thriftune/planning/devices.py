@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import date
 from typing import Any
 
-from thriftune.catalog.gpus import built_in_gpus, find_gpu, local_gpus
+from thriftune.catalog.gpus import LocalGpu, built_in_gpus, find_gpu, local_gpus
 from thriftune.catalog.prices import electricity_price, prices
 from thriftune.catalog.rows import Gpu
 from thriftune.catalog.user import read_user_rows
@@ -41,6 +41,8 @@ def find_devices(names: Sequence[str], gpus: int | None, market: Market) -> tupl
             found, said = _local_devices(rows, count)
             devices += found
             notes += said
+        elif word.lower() == "cpu":
+            devices.append(cpu_device(count))
         else:
             gpu = find_gpu(word, rows)
             devices.append(Device(gpu, count, gpu.usable_bytes))
@@ -96,11 +98,21 @@ def cpu_device(count: int = 1) -> Device:
     return Device(None, count, machine_memory()[0])
 
 
-def own_gpu(index: int, count: int) -> Device | None:
-    """GPU `index` of those that this process sees, with what is free on it; None when the catalogue lacks it."""
-    local = local_gpus()
-    gpu = local[index].gpu if index < len(local) else None
-    return None if gpu is None else Device(gpu, count, gpu.usable_bytes)
+def own_gpu(indices: Iterable[int], count: int) -> Device | None:
+    """Of the GPUs at these places among those that this process sees, the one with the least free memory; None when the
+    driver does not describe them all. Processes that ask for the same GPUs at the same time get the same answer."""
+    seen = local_gpus()
+    devices = [_described(seen[index], count) if index < len(seen) else None for index in indices]
+    found = [device for device in devices if device is not None]
+    return min(found, key=lambda device: device.usable_bytes) if found and len(found) == len(devices) else None
+
+
+def _described(local: LocalGpu, count: int) -> Device | None:
+    if local.gpu is not None:
+        return Device(local.gpu, count, local.gpu.usable_bytes)
+    if local.total_bytes is None or local.free_bytes is None:
+        return None
+    return unknown_gpu(local.name, local.total_bytes, local.free_bytes, count)
 
 
 def unknown_gpu(name: str, total_bytes: int, free_bytes: int, count: int) -> Device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from thriftune.shapes import ModelShape, from_config
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """`name` is what `train` would take, `source` says where the sizes come from; `folder` has the model's files, when
-    they are on this machine."""
+    """`name` is what `train` would take, `source` says where the sizes come from; `config` is its config.json, and
+    `folder` has the model's files, when they are on this machine."""
 
     name: str
     shape: ModelShape
+    config: Mapping[str, Any]
     source: str
     folder: Path | None
     notes: tuple[str, ...] = ()
@@ -91,14 +93,19 @@ def _cached_folder(model: ModelRecipe) -> Path | None:
 
 
 def _of_folder(name: str, folder: Path, source: str, check_weights: bool = True) -> FoundModel:
-    shape = from_config(read_config(folder), name)
+    config = read_config(folder)
+    shape = from_config(config, name)
     notes = _weight_notes(shape, folder) if check_weights else ()
-    return FoundModel(name, shape, source, folder, notes)
+    return FoundModel(name, shape, config, source, folder, notes)
 
 
 def _of_catalogue(row: CatalogModel) -> FoundModel:
     source = f"{row.name} in the catalogue ({row.source}, seen {row.date})"
-    return FoundModel(row.hub_ids[0], from_config(row.config, row.name), source, None)
+    shape = from_config(row.config, row.name)
+    if row.hub_ids:
+        return FoundModel(row.hub_ids[0], shape, row.config, source, None)
+    note = f"{row.name} is on no hub under a name that we know: to train it, name its folder"
+    return FoundModel(row.name, shape, row.config, source, None, (note,))
 
 
 def _weight_notes(shape: ModelShape, folder: Path) -> tuple[str, ...]:

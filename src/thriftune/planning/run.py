@@ -32,6 +32,11 @@ class RunPlan:
     chosen: PlannedMethod | None = None
     note: str = ""
 
+    @property
+    def decision(self) -> tuple[float, ...]:
+        """What all processes of a run must have decided alike, as numbers."""
+        return (float(METHODS.index(self.method)), float(self.rows_at_once), float(self.checkpointing))
+
     def lines(self) -> list[str]:
         """What to print before the run starts."""
         if self.plan is None or self.chosen is None:
@@ -71,6 +76,18 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
         plan=plan,
         chosen=chosen,
     )
+
+
+def refuse_other_plans(differing: int, processes: int) -> None:
+    """Raise InputError when so many of a run's processes have decided otherwise than the first: memory that is free
+    changes, and machines differ."""
+    if differing:
+        raise InputError(
+            given=f"{differing} of {processes} processes planned other settings than the first: the memory that they "
+            "found free differs",
+            allowed="one method, one per_device_train_batch_size and one gradient_checkpointing for all",
+            do="name these three in the recipe, or free the same memory on every GPU",
+        )
 
 
 def _without_plan(recipe: Recipe, note: str) -> RunPlan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from thriftune.errors import InputError
 from thriftune.plan.advise import PREFERENCES, Prefer
@@ -30,12 +31,23 @@ def plan_words(
 
     Raises InputError, ModelError and DataError for what cannot be found or read.
     """
+    market = read_market()
+    devices, notes = find_devices(gpu_names, gpus, market)
+    question, _ = ask(recipe, methods=methods, prefer=prefer, notes=notes)
+    return make_plan(question, devices, market)
+
+
+def ask(
+    recipe: Recipe, *, methods: Sequence[str], prefer: str, notes: Sequence[str]
+) -> tuple[Question, Mapping[str, Any]]:
+    """The question that these words put, and the model's config.json. `notes` are to stand in the plan.
+
+    Raises InputError, ModelError and DataError for what cannot be found or read.
+    """
     wanted = _preference(prefer)
     data_named = bool({"name", "path"} & recipe.data.model_fields_set)
     chosen_methods = _methods(methods, recipe.method)
     model = find_planned_model(recipe.model)
-    market = read_market()
-    devices, notes = find_devices(gpu_names, gpus, market)
     rows, recipe, row_notes = _rows(recipe, model, data_named)
     named = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.name})})
     question = Question(
@@ -46,7 +58,7 @@ def plan_words(
         model_source=model.source,
         notes=(*model.notes, *notes, *row_notes),
     )
-    return make_plan(question, devices, market)
+    return question, model.config
 
 
 def _preference(text: str) -> Prefer:

@@ -1,6 +1,6 @@
 """The typed recipe of a run: schema and defaults (`schema.py`), and how it is read and written (`read.py`)."""
 
-from thriftune.recipe.read import dump_yaml, read_recipe
+from thriftune.recipe.read import dump_yaml, option_place, read_recipe
 from thriftune.recipe.schema import (
     DataRecipe,
     GenerationRecipe,
@@ -24,5 +24,6 @@ __all__ = [
     "TrainRecipe",
     "did_you_mean",
     "dump_yaml",
+    "option_place",
     "read_recipe",
 ]

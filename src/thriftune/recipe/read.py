@@ -228,6 +228,15 @@ class _Reading:
         self.switches.clear()
 
 
+def option_place(key: str) -> str | None:
+    """The dotted place of the option that a person means by `key`, in any spelling that a recipe takes; None for an
+    unknown one."""
+    section, dot, rest = key.partition(".")
+    if dot and section in SECTIONS:
+        return _place(key, rest, f"{section}.")
+    return INVERTED.get(key) or _place(key, key, "")
+
+
 def _place(name: str, key: str, prefix: str) -> str | None:
     """The dotted place of a key as written: in full, by another tool's name, flat, or inside an open option."""
     if name in _PLACES:

@@ -230,6 +230,10 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(
         42, description="of the row order, the adapter's start, dropout and sampling"
     )
+    engine: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: the explicit forward and backward pass where it knows the model; off: autograd",
+    )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that get the step metrics too; none"
     )
