@@ -204,7 +204,8 @@ def imdb(count: int) -> Rows:
 def planned(
     model: str, method: str, gpu: str, rows: Rows, overrides: Sequence[str] = (), recompute: bool = True
 ) -> tuple[Memory, Time, Work]:
-    """The planner's prediction for thriftune's own path: default recipe, rank 16 on all linears, 4 rows x 4."""
+    """The planner's prediction for the generic path, as others train: default recipe, rank 16 on all linears, 4 rows
+    x 4."""
     shape, card = shape_of(model), built_in(gpu)
     recipe = read_recipe(overrides=[f"method={method}", *overrides])
     trained = adapter_of(shape, recipe.lora, method)

@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fit import packed_of
 from shapes_measured import SHAPES
 
 from thriftune.catalog.gpus import find_gpu
@@ -88,7 +89,8 @@ def planned(model: str, method: str, recompute: bool, rows: int, length: int) ->
     recipe = read_recipe(None, [f"method={method}"], {})
     adapter = adapter_of(shape, recipe.lora, method)
     tokens = float(rows * length)
-    work = Work(rows, length, length - 1, 0, 0, 1, tokens, tokens, tokens, STEPS, 0, "")
+    packed = packed_of([[length] * rows], 0.0)
+    work = Work(rows, length, length - 1, 0, 0, 1, tokens, tokens, tokens, STEPS, 0, "", packed)
     return memory_of(shape, adapter, setup_of(recipe, method, recompute, True), work, find_gpu("h200", {}))
 
 

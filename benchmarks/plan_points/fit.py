@@ -23,7 +23,7 @@ from thriftune.catalog.gpus import find_gpu
 from thriftune.plan.adapter import adapter_of
 from thriftune.plan.memory import memory_of, setup_of
 from thriftune.plan.time import GENERIC, Efficiency, time_with
-from thriftune.plan.values import Work
+from thriftune.plan.values import Packed, Work
 from thriftune.recipe import read_recipe
 from thriftune.shapes import from_config
 
@@ -42,7 +42,9 @@ def main() -> None:
     points = [
         row for path in arguments.points for row in map(json.loads, path.read_text().splitlines()) if "model" in row
     ]
-    points = [row for row in points if row["status"] == "done" and row["model"] in SHAPES]
+    points = [
+        row for row in points if row["status"] == "done" and row["model"] in SHAPES and row.get("path") != "engine"
+    ]
     drawn = random.Random(0)
     order = sorted(range(len(points)), key=lambda _: drawn.random())
     fitting = {index for place, index in enumerate(order) if place % 2 == 0}
@@ -63,7 +65,8 @@ def work_of_point(row: dict[str, Any]) -> Work:
     if row["lengths"] is None:
         rows, length = (int(part) for part in row["batch"].split("x"))
         tokens = float(rows * length)
-        return Work(rows, length, length - 1, 0, 0, 1, tokens, tokens, tokens, row["steps"], 0, row["batch"])
+        packed = packed_of([[length] * rows], 0.0)
+        return Work(rows, length, length - 1, 0, 0, 1, tokens, tokens, tokens, row["steps"], 0, row["batch"], packed)
     first, later = [0, 0], [0, 0]
     tokens = padded = positions = 0
     a_step = ROWS * ACCUMULATION
@@ -79,7 +82,20 @@ def work_of_point(row: dict[str, Any]) -> Work:
             positions += reach * ROWS
     steps = row["steps"]
     return Work(
-        ROWS, *first, *later, ACCUMULATION, tokens / steps, padded / steps, positions / steps, steps, tokens, ""
+        ROWS, *first, *later, ACCUMULATION, tokens / steps, padded / steps, positions / steps, steps, tokens, "",
+        packed_of([row["lengths"][step * a_step : (step + 1) * a_step] for step in range(steps)], PROMPT_SHARE),
+    )  # fmt: skip
+
+
+def packed_of(steps: list[list[int]], prompt_share: float) -> Packed:
+    """The same steps without padding, from the lengths of each step's rows."""
+    every = [length for lengths in steps for length in lengths]
+    return Packed(
+        largest=max(map(sum, steps)),
+        longest=max(every),
+        tokens=sum(every) / len(steps),
+        targets=sum(min(length - 1, length - int(length * prompt_share)) for length in every) / len(steps),
+        squares=sum(length**2 for length in every) / len(steps),
     )
 
 

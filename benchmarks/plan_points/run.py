@@ -105,7 +105,7 @@ def by_layers_s(row, device) -> float | None:
     options = [f"method={row['method']}"] + ([] if row["method"] == "full" else [f"lora_r={row['r']}"])
     recipe = read_recipe(None, options, {})
     try:
-        step = Step(recipe, row["method"], row["recompute"], work_of_point(row), device)
+        step = Step(recipe, row["method"], row["recompute"], work_of_point(row), device, None)
         return measure_step(SHAPES[row["model"]], step).step_s
     except ThriftuneError as error:
         print("not measured by layers:", error.given, flush=True)

@@ -108,8 +108,7 @@ class EvalResult(Record):
 class PlannedMethod(Record):
     """What one method would take on one GPU. Sizes are bytes on each GPU, times seconds, money US dollars.
 
-    `memory` adds up to `peak_bytes`: weights, adapter, gradients, optimizer, activations, logits, workspace, runtime.
-    `cost_usd` is the whole run at each place that rents this GPU, and `electricity` at home.
+    `memory` has every part of plan.values.PARTS and adds up to `peak_bytes`; `cost_usd` is the whole run's, by place.
     """
 
     method: str
@@ -126,8 +125,9 @@ class PlannedMethod(Record):
     run_s: float
     cost_usd: dict[str, float]
     limited_by: str
-    settings: dict[str, Any] = Field(description="recipe options that the numbers hold for")
+    settings: dict[str, Any] = Field(description="recipe options that the numbers hold for, and the engine's choices")
     path: Literal["engine", "generic"] = "generic"
+    least_bytes: int | None = Field(None, description="the peak with which the engine could do, given less memory")
     notes: list[str] = Field(default_factory=list)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from thriftune.data import PreparedData, largest_step, prepare
 from thriftune.engine.choose import engine_path, warm_up, why_not_here
+from thriftune.engine.sizes import later_bytes
 from thriftune.errors import DiskFullError, OutputError, StoppedBySignal, ThriftuneError
 from thriftune.machine import choose_device, hardware, quiet_libraries, versions
 from thriftune.methods import METHODS, Method, trainable_parameters
@@ -38,8 +39,6 @@ from thriftune.train.observe import MetricsFile
 from thriftune.train.trackers import Trackers, start_processes
 
 PLAN_FILE = "plan.json"
-# Bytes a trained parameter that a step's gradient and the optimizer's states take: float32 ones, and 8-bit states.
-LATER_BYTES = {"adamw_torch": 12, "paged_adamw_32bit": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6}
 
 
 @dataclass(frozen=True)
@@ -252,10 +251,9 @@ def _with_path(job: TrainJob) -> tuple[TrainJob, str]:
         return job, f"autograd through transformers' model: {reason}"
     lengths = [*job.lengths, *map(len, job.eval_examples)]
     step_tokens = largest_step(job.order, job.lengths, job.processes.world)
-    a_parameter = LATER_BYTES.get(job.recipe.train.optim, 12)
-    later_bytes = a_parameter * trainable_parameters(job.model)
+    later = later_bytes(job.recipe.train.optim, trainable_parameters(job.model))
     switch = job.recipe.train.gradient_checkpointing
-    path = engine_path(job.model, device, lengths, step_tokens, later_bytes, switch)
+    path = engine_path(job.model, device, lengths, step_tokens, later, switch)
     return replace(job, path=path), f"explicit forward and backward pass; attention: {path.attention.name}"
 
 

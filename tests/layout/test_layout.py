@@ -41,13 +41,13 @@ ALLOWED: dict[str, set[str]] = {
     "machine": set(),
     "shapes": set(),
     "catalog": set(),
-    "plan": {"recipe", "records", "shapes", "catalog"},
+    "plan": {"recipe", "records", "shapes", "catalog", "engine.sizes", "engine.takes"},
     "target": {"recipe", "records", "data", "models", "methods", "hub"},
     "merging": {"recipe", "records", "data", "models", "methods", "infer", "target"},
     "planning": {"recipe", "records", "hub", "model_files", "data", "shapes", "catalog", "plan"},
     "measure": {
         *{"recipe", "records", "data", "shapes", "catalog", "plan", "planning", "models", "methods", "train"},
-        "machine",
+        *{"machine", "engine"},
     },
     "run": {
         *{"recipe", "records", "hub", "data", "models", "methods", "train", "infer", "evaluate", "pocket", "machine"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +12,17 @@ import torch
 from torch import nn
 
 from thriftune.catalog.models import find_model
+from thriftune.engine.sizes import Choice, Keep
 from thriftune.errors import ModelError
 from thriftune.measure import Step, measure_step, random_model
 from thriftune.measure import step as step_module
 from thriftune.measure.layers import cut_short, number_of_layers, text_config, two_cuts
 from thriftune.models import load_model
 from thriftune.models.surgery import count_parameters
-from thriftune.plan.values import Work
+from thriftune.plan.values import Packed, Work
 from thriftune.recipe import ModelRecipe, QuantRecipe, read_recipe
 from thriftune.shapes import from_config
-from tiny import losses_of, metrics_of, tiny_model, tiny_recipe, train_tiny
+from tiny import losses_of, metrics_of, record_of, tiny_model, tiny_recipe, train_tiny
 
 CPU = torch.device("cpu")
 # The shape of stories260K, the smallest model that people train.
@@ -35,7 +37,19 @@ STORIES = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-WORK = Work(2, 64, 63, 64, 63, 2, 256.0, 256.0, 252.0, 8, 2048, "made up")
+
+
+def work_of(rows: int, length: int, micro_batches: int) -> Work:
+    """Steps of rows of one length, every token a target."""
+    count = rows * micro_batches
+    tokens, targets = float(count * length), float(count * (length - 1))
+    packed = Packed(count * length, length, tokens, targets, float(count * length**2))
+    return Work(
+        rows, length, length - 1, length, length - 1, micro_batches, tokens, tokens, targets, 8, 2048, "made up", packed
+    )
+
+
+WORK = work_of(2, 64, 2)
 
 
 def random_of(config: dict[str, Any], quant: QuantRecipe | None = None, layers: int | None = None) -> Any:
@@ -43,7 +57,7 @@ def random_of(config: dict[str, Any], quant: QuantRecipe | None = None, layers: 
 
 
 def step(method: str, work: Work = WORK, checkpointing: bool = False, *words: str) -> Step:
-    return Step(read_recipe(None, ["lora_r=4", *words], {"model": "x"}), method, checkpointing, work, CPU)
+    return Step(read_recipe(None, ["lora_r=4", *words], {"model": "x"}), method, checkpointing, work, CPU, None)
 
 
 # ---------------------------------------------------------------- models of random weights
@@ -140,7 +154,7 @@ def test_more_layers_and_more_work_take_longer():
 
     two, whole, longer = seconds(2), measure_step(STORIES, step("lora")), seconds(24)
     assert whole.layers == "all 5 layers" and 0 < two < longer
-    eight = Work(2, 64, 63, 64, 63, 8, 1024.0, 1024.0, 1008.0, 8, 8192, "made up")
+    eight = work_of(2, 64, 8)
     assert seconds(2, eight) > 1.5 * two
 
 
@@ -153,7 +167,7 @@ def test_long_micro_batches_are_timed_once(monkeypatch):
         return original(loaded, model, asked, micro_batches)
 
     monkeypatch.setattr(step_module, "_repeated_s", counted)
-    many = Work(1, 16, 15, 16, 15, 9, 144.0, 144.0, 135.0, 8, 1000, "made up")
+    many = work_of(1, 16, 9)
     measure_step(STORIES, step("lora", many))
     assert timed == [1, 4]
     monkeypatch.setattr(step_module, "LONG_S", 0.0)
@@ -161,19 +175,26 @@ def test_long_micro_batches_are_timed_once(monkeypatch):
     assert timed == [1, 4, 1]
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_the_measured_step_is_that_of_a_run(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "engine"), [("full", "off"), ("lora", "off"), ("qlora", "off"), ("lora", "auto"), ("qlora", "auto")]
+)
+def test_the_measured_step_is_that_of_a_run(tmp_path, method, engine):
     """Within a factor of three of what the very same steps take in a run on this busy machine."""
     folder = tiny_model(tmp_path / "model", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"{number} " + "film plot " * 60}) for number in range(24)))
-    recipe = tiny_recipe(folder, rows, tmp_path / "out", method=method, train={"per_device_train_batch_size": 2})
+    train = {"per_device_train_batch_size": 2}
+    recipe = tiny_recipe(folder, rows, tmp_path / "out", method=method, engine=engine, train=train)
     train_tiny(recipe)
     steps = metrics_of(tmp_path / "out")
     tokens = sum(metrics.tokens for metrics in steps) / len(steps)
     targets = sum(metrics.targets for metrics in steps) / len(steps)
-    work = Work(2, 128, 127, 128, 127, 2, tokens, tokens, targets, 6, 1, "the run's")
-    found = measure_step(json.loads((folder / "config.json").read_text()), Step(recipe, method, False, work, CPU))
+    packed = Packed(512, 128, tokens, targets, 128 * tokens)
+    work = Work(2, 128, 127, 128, 127, 2, tokens, tokens, targets, 6, 1, "the run's", packed)
+    assert record_of(tmp_path / "out").path == ("generic" if engine == "off" else "engine")
+    choice = None if engine == "off" else Choice(Keep.ALL, 512, 4, 4)
+    asked = Step(recipe, method, False, work, CPU, choice)
+    found = measure_step(json.loads((folder / "config.json").read_text()), asked)
     ran_s = sorted(metrics.step_s for metrics in steps[1:])[len(steps) // 2]
     assert ran_s / 3 < found.step_s < ran_s * 3 and len(losses_of(tmp_path / "out")) == 6
 
@@ -195,6 +216,23 @@ def test_the_settings_that_were_chosen_are_the_ones_that_are_timed():
     finally:
         hook.remove()
     assert set(kept) == {(2, 64)} and Counter(seen) == {(2, 64): 2 * kept[2, 64]}
+
+
+def test_a_step_planned_for_the_engine_goes_through_it_or_it_is_said():
+    seen: list[str] = []
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        seen.append(type(module).__name__)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    choice = Choice(Keep.INPUT, 128, 0, 5)
+    try:
+        found = measure_step(STORIES, replace(step("lora"), choice=choice))
+    finally:
+        hook.remove()
+    assert found.step_s > 0 and "LlamaMLP" not in seen
+    with pytest.raises(ModelError, match="does not take this model: dropout"):
+        measure_step(STORIES, replace(step("lora", WORK, False, "lora.dropout=0.1"), choice=choice))
 
 
 def test_a_step_that_the_model_cannot_make_is_said_and_no_traceback(monkeypatch):

@@ -13,6 +13,7 @@ from thriftune.catalog.models import find_model
 from thriftune.catalog.prices import ElectricityPrice
 from thriftune.catalog.rows import Price
 from thriftune.cli.app import recipe_of_words
+from thriftune.engine.sizes import Keep
 from thriftune.plan import advise
 from thriftune.plan.command import settled, train_command
 from thriftune.plan.cost import ELECTRICITY, POWER_SHARE, Market, cheapest, price_notes, run_dollars
@@ -73,7 +74,7 @@ def plan_of(case: Case, *devices: Device, methods=METHODS, prefer="balanced", da
 def test_settings_left_open_are_tried_in_order_and_keep_the_rows_of_a_step():
     tried = list(allowed_settings(case_of()))
     assert tried == [(4, False), (4, True), (2, False), (1, False), (2, True), (1, True)]
-    for found in candidates(case_of(), "lora", on()):
+    for found in candidates(case_of("engine=off"), "lora", on()):
         assert found.rows_at_once * found.accumulation == 16
 
 
@@ -98,7 +99,7 @@ def test_with_room_nothing_is_recomputed_and_the_rows_stay():
 
 
 def test_the_fastest_that_fits_is_taken():
-    found = candidates(case_of(), "lora", on("h200"))
+    found = candidates(case_of("engine=off"), "lora", on("h200"))
     for usable_gib in (18, 20, 24, 30, 60):
         chosen = choose(found, int(usable_gib * GIB))
         fitting = [one for one in found if one.memory.peak_bytes <= usable_gib * GIB]
@@ -107,7 +108,7 @@ def test_the_fastest_that_fits_is_taken():
 
 
 def test_when_nothing_fits_the_smallest_is_taken():
-    found = candidates(case_of(), "lora", on())
+    found = candidates(case_of("engine=off"), "lora", on())
     assert choose(found, GIB).memory.peak_bytes == min(one.memory.peak_bytes for one in found)
 
 
@@ -146,15 +147,90 @@ def test_the_smallest_gpu_that_fits():
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
-    fixed = plan_method(case_of("per_device_train_batch_size=16", "gradient_checkpointing=off"), "lora", on(), market())
+    generic = ("per_device_train_batch_size=16", "engine=off")
+    fixed = plan_method(case_of(*generic, "gradient_checkpointing=off"), "lora", on(), market())
     assert not fixed.fits
     assert "more than the 23.64 GiB that are usable" in fixed.notes[0]
     assert fixed.notes[1].startswith("fits with per_device_train_batch_size=")
     words = fixed.notes[1].removeprefix("fits with ").split()
-    assert plan_method(case_of(*words), "lora", on(), market()).fits
+    assert plan_method(case_of(*words, "engine=off"), "lora", on(), market()).fits
     large = plan_method(case_of(shape=LLAMA_70B), "qlora", on(), market(price("a40", 0.44)))
     assert large.notes[1] == "fits on a40 (44.34 GiB usable, from $0.44 an hour)"
     assert "no single GPU" in plan_method(case_of(shape=LLAMA_70B), "full", on(), market()).notes[-1]
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def test_the_engine_keeps_less_then_cuts_the_step_as_memory_gets_short():
+    """What it does at run time, by the same function; the step's examples stay the same."""
+    seen = []
+    for usable_gib in (80, 50, 40, 36, 26, 21, 19):
+        found = candidates(case_of(), "lora", on("h200", usable_gib=usable_gib))
+        assert len(found) == 1 and (found[0].rows_at_once, found[0].accumulation) == (4, 4)
+        assert found[0].memory.peak_bytes <= usable_gib * GIB
+        seen.append((found[0].choice.most_tokens, found[0].choice.keep))
+    assert seen[0] == (16_384, Keep.ALL) and seen[-1][0] < 16_384
+    assert [tokens for tokens, _ in seen] == sorted((tokens for tokens, _ in seen), reverse=True)
+    assert {keep for tokens, keep in seen if tokens == 16_384} > {Keep.ALL}
+
+
+def test_4_bit_layers_are_held_unpacked_while_memory_lasts():
+    held = [candidates(case_of(), "qlora", on("h200", usable_gib=gib))[0].choice.held for gib in (20, 62, 80)]
+    assert held == sorted(held) and held[-1] == 32 and 0 < held[1] < 32
+    little, much = (plan_method(case_of(), "qlora", on("h200", usable_gib=gib), market()) for gib in (62, 80))
+    assert little.step_s > much.step_s and little.least_bytes == much.least_bytes < little.peak_bytes
+
+
+@pytest.mark.parametrize(("switch", "keep"), [("on", Keep.INPUT), ("off", Keep.ALL)])
+def test_the_engine_keeps_to_the_recipes_word_on_recomputation(switch, keep):
+    found = plan_method(case_of(f"gradient_checkpointing={switch}"), "lora", on("h200"), market())
+    assert found.fits and found.settings["layers_keep"] == keep.words
+    assert found.settings["gradient_checkpointing"] == switch
+    assert advise.recomputes(found) == (keep > Keep.ALL)
+
+
+def test_without_recomputation_a_plan_that_does_not_fit_says_that_auto_would():
+    found = plan_method(case_of("gradient_checkpointing=off"), "lora", on(usable_gib=19), market())
+    assert not found.fits and "gradient_checkpointing=auto" in found.notes[1]
+    words = found.notes[1].removeprefix("fits with ").split()
+    assert plan_method(case_of(*words), "lora", on(usable_gib=19), market()).fits
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "key", "reason"),
+    [
+        (["engine=off"], "lora", "h200", "the recipe says engine: off"),
+        (["lora.dropout=0.1"], "lora", "h200", "dropout"),
+        ([], "qlora", "t4", "no bfloat16 products"),
+        ([], "lora", "m4-max-128gb", "it runs on CUDA and on CPUs"),
+        (["target_modules=[lm_head, q_proj]"], "lora", "h200", "an adapter on lm_head"),
+    ],
+)
+def test_what_does_not_go_through_the_engine_says_why(words, method, key, reason):
+    found = plan_method(case_of(*words), method, on(key, usable_gib=100), market())
+    assert found.path == "generic" and "tokens_at_once" not in found.settings
+    assert any(reason in note for note in found.notes)
+    here = replace(on(), no_engine="Triton is not installed")
+    assert plan_method(case_of(), "qlora", here, market()).path == "generic"
+
+
+def test_memory_is_compared_by_what_methods_need_not_by_what_they_take():
+    """With memory free qlora holds its layers unpacked and takes more than lora; it could do with far less."""
+    lora, qlora = (plan_method(case_of(), method, on("h200"), market()) for method in ("lora", "qlora"))
+    assert qlora.peak_bytes > lora.peak_bytes and qlora.least_bytes < 0.6 * lora.least_bytes
+    chosen, reasons = advise.recommend([lora, qlora], "memory")
+    assert chosen is qlora and "with more free" in reasons[0]
+    assert "qlora could do with" in advise.recommend([lora, qlora], "balanced")[1][1]
+
+
+def test_on_a_cpu_the_engine_keeps_everything_and_takes_the_step_whole():
+    """It does not count a computer's own memory, so there is no less that it would do with."""
+    for usable in (10**15, 1000):
+        found = plan_method(case_of(), "qlora", Device(None, 1, usable), market())
+        assert found.path == "engine" and found.fits == (usable > 1000)
+        assert found.settings["tokens_at_once"] == 16 * 1024 and found.settings["layers_keep"] == Keep.ALL.words
+        assert found.least_bytes == found.peak_bytes and found.settings["layers_unpacked"] == 32
 
 
 # ---------------------------------------------------------------- dollars

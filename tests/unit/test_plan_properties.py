@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 from thriftune.catalog.gpus import built_in_gpus
 from thriftune.catalog.models import all_models, find_model
 from thriftune.catalog.prices import ElectricityPrice
+from thriftune.engine.sizes import Choice, Keep
+from thriftune.engine.takes import FAMILIES
 from thriftune.plan.adapter import adapter_of
 from thriftune.plan.cost import Market
+from thriftune.plan.engine import engine_case
+from thriftune.plan.engine_memory import engine_memory
+from thriftune.plan.engine_time import engine_time
 from thriftune.plan.memory import memory_of, setup_of
 from thriftune.plan.plan import Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device
@@ -60,6 +65,9 @@ def test_every_model_five_ways_on_six_gpus(model):
             assert found.trainable_parameters > 0 and found.total_parameters == shape.total_parameters, where
             assert all(dollars >= 0 for dollars in found.cost_usd.values()) and found.cost_usd, where
             assert found.allocated_bytes <= found.reserved_bytes, where
+            takes = shape.model_type in FAMILIES and method != "full" and key not in ("t4", "m4-max-128gb")
+            assert found.path == ("engine" if takes else "generic"), where
+            assert (found.least_bytes is not None) == takes, where
             assert found.settings["per_device_train_batch_size"] * found.settings["gradient_accumulation_steps"] in (
                 (16,) if not words or "lora_r" in words[0] else (4,)
             ), where
@@ -147,6 +155,81 @@ def test_time_is_above_zero_and_what_limits_it_is_named(shape, method, recompute
     assert found.step_s > 0 and found.tokens_per_s > 0
     assert found.tokens_per_s == pytest.approx(work.tokens_per_step / found.step_s)
     assert found.limited_by in ("compute", "memory bandwidth", "link", "launches")
+
+
+# ---------------------------------------------------------------- through the engine
+
+
+def by_engine(shape, method: str, keep: Keep, parts: int, held: int, *words: str):
+    """Memory and time of a step cut into so many parts, with so many layers held unpacked."""
+    recipe = read_recipe(None, words)
+    gpu = GPUS["h200"]
+    adapter, setup = adapter_of(shape, recipe.lora, method), setup_of(recipe, method, False, True)
+    engine = engine_case(shape, adapter, setup, gpu)
+    work = work_of(assumed_rows(recipe), recipe, 1)
+    tokens = max(work.packed.longest, -(-work.packed.largest // parts))
+    choice = Choice(keep, tokens, held, engine.sizes.number_of_layers)
+    return engine_memory(engine, choice, work.packed), engine_time(engine, choice, work, gpu, 1)
+
+
+engine_shapes = st.sampled_from(["llama-3-8b", "qwen2-0.5b", "llama-3.2-1b"]).map(SHAPES.__getitem__)
+adapters = st.sampled_from(["lora", "qlora"])
+keeps = st.sampled_from(list(Keep))
+held_layers = st.integers(0, 16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(engine_shapes, adapters, keeps, st.integers(1, 4), held_layers, lengths, lengths, counts)
+def test_longer_rows_never_need_less_through_the_engine(shape, method, keep, parts, held, one, other, rows):
+    short, long = (
+        by_engine(shape, method, keep, parts, held, f"max_length={length}", f"per_device_train_batch_size={rows}")
+        for length in sorted((one, other))
+    )
+    assert short[0].peak_bytes <= long[0].peak_bytes
+    assert short[1].step_s <= long[1].step_s * 1.0001
+
+
+@settings(max_examples=60, deadline=None)
+@given(engine_shapes, adapters, keeps, st.integers(1, 512), st.integers(1, 512), lengths)
+def test_a_higher_rank_never_needs_less_through_the_engine(shape, method, keep, one, other, length):
+    low, high = (
+        by_engine(shape, method, keep, 1, 0, f"lora_r={rank}", f"max_length={length}")[0]
+        for rank in sorted((one, other))
+    )
+    assert low.peak_bytes <= high.peak_bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(engine_shapes, adapters, st.integers(1, 8), held_layers, lengths)
+def test_keeping_more_takes_more_memory_and_less_time(shape, method, parts, held, length):
+    found = [by_engine(shape, method, keep, parts, held, f"max_length={length}") for keep in Keep]
+    kept = [memory.parts["activations"] for memory, _ in found]
+    assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
+    seconds = [time.step_s for _, time in found]
+    assert seconds == sorted(seconds)
+
+
+@settings(max_examples=40, deadline=None)
+@given(engine_shapes, keeps, lengths, held_layers, held_layers)
+def test_layers_held_unpacked_take_memory_and_save_time(shape, keep, length, one, other):
+    few, many = (by_engine(shape, "qlora", keep, 1, held, f"max_length={length}") for held in sorted((one, other)))
+    assert few[0].peak_bytes <= many[0].peak_bytes and few[1].step_s >= many[1].step_s
+
+
+@settings(max_examples=40, deadline=None)
+@given(engine_shapes, adapters, st.integers(2, 140), st.integers(2, 140), st.integers(64, 8192))
+def test_with_more_memory_a_plan_still_fits(shape, method, one, other, length):
+    """And it takes no more than there is."""
+    recipe = read_recipe(None, [f"max_length={length}"])
+    case = Case(shape, recipe, assumed_rows(recipe))
+    less, more = (
+        plan_method(case, method, Device(GPUS["h200"], 1, gib * 1024**3), market()) for gib in sorted((one, other))
+    )
+    assert less.path == more.path == "engine"
+    assert more.fits or not less.fits
+    assert all(plan.fits == (plan.peak_bytes <= plan.usable_bytes) for plan in (less, more))
+    assert less.least_bytes == more.least_bytes
+    assert less.fits == (less.usable_bytes >= less.least_bytes)
 
 
 @settings(max_examples=30, deadline=None)

@@ -49,6 +49,10 @@ def test_json_has_the_fields_of_the_issue(run):
         for method in found["methods"]:
             assert set(method) >= FIELDS_OF_THE_ISSUE
             assert list(method["memory"]) == list(PARTS) and sum(method["memory"].values()) == method["peak_bytes"]
+        assert [method["path"] for method in found["methods"]] == ["generic", "engine", "engine"]
+        lora = found["methods"][1]["settings"]
+        assert lora["gradient_checkpointing"] == "auto" and lora["tokens_at_once"] <= 16 * 1024
+        assert lora["recomputes"] == (lora["layers_keep"] != "everything")
     assert content["gpus"][0]["methods"][1]["trainable_parameters"] == 41_943_040
     Plan.model_validate(content)
 
@@ -182,14 +186,17 @@ def test_what_cannot_be_measured_says_so_and_the_plan_is_made(run, base, tmp_pat
 # ---------------------------------------------------------------- train
 
 
-def test_train_prints_three_lines_and_keeps_the_plan_beside_the_measurement(run, base, tmp_path):
-    outcome = run("train", base, "--data", "rows.jsonl", "max_steps=1", "-o", "out").ok()
+@pytest.mark.parametrize(("engine", "path"), [("auto", "engine"), ("off", "generic")])
+def test_train_prints_three_lines_and_keeps_the_plan_beside_the_measurement(run, base, tmp_path, engine, path):
+    outcome = run("train", base, "--data", "rows.jsonl", "max_steps=1", f"engine={engine}", "-o", "out").ok()
     lines = [line for line in outcome.err.splitlines() if line.startswith("plan: ")]
     assert len(lines) == 3 and "peak" in lines[0] and "not estimated for CPUs" in lines[1]
     assert "lora" in lines[2]
     record = read_record(tmp_path / "out" / "record.json", RunRecord)
     plan = read_record(tmp_path / "out" / "plan.json", Plan)
     assert record.plan == plan.gpus[0].methods[0] and record.reserved_bytes == 0
+    assert record.path == record.plan.path == path
+    assert ("layers keep everything" in lines[2]) == (path == "engine")
     assert record.plan.trainable_parameters == record.trainable_parameters
     assert record.plan.total_parameters == record.total_parameters
     assert plan.steps == record.steps == 1

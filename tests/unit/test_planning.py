@@ -376,7 +376,7 @@ def test_recomputation_follows_memory_and_the_recipes_word(llama_8b):
     rows = Rows((2048,), (2047,), 1000, "long rows")
 
     def planned(gib: float, *words: str):
-        fixed = ("per_device_train_batch_size=4", "method=lora", *words)
+        fixed = ("per_device_train_batch_size=4", "method=lora", "engine=off", *words)
         return plan_run(run_recipe(*fixed), rows, llama_8b, with_memory(gib), force=True)
 
     assert not planned(120).checkpointing and planned(32).checkpointing

@@ -9,26 +9,20 @@ import torch
 from torch import nn
 
 from thriftune.engine.attention import Attention, FlashAttention, ReferenceAttention
-from thriftune.engine.layer import Keep
 from thriftune.engine.path import EnginePath
 from thriftune.engine.read import read_program, why_not
 from thriftune.engine.room import Room
+from thriftune.engine.sizes import RANK_MULTIPLE, RECOMPUTING
+from thriftune.engine.takes import why_not_method
 from thriftune.engine.warm import Warming, start_warming
 from thriftune.kernels.launch import has_triton
 from thriftune.recipe import Recipe
 
-# A stack's rank is padded to this: a GPU's products like rows of whole 128 bytes, a CPU's mind padding more.
-RANK_MULTIPLE = {"cuda": 64, "cpu": 16}
-# train.gradient_checkpointing -> the most and the least that layers keep
-RECOMPUTING = {"auto": (Keep.ALL, Keep.INPUT), "on": (Keep.INPUT, Keep.INPUT), "off": (Keep.ALL, Keep.ALL)}
-
 
 def why_not_here(model: nn.Module, recipe: Recipe, device: torch.device) -> str | None:
     """Why a run does not go through the engine; None when it does."""
-    if recipe.engine == "off":
-        return "the recipe says engine: off"
-    if recipe.method == "full":
-        return "full fine-tuning changes the weights that the engine takes to be frozen"
+    if reason := why_not_method(recipe, recipe.method):
+        return reason
     if device.type not in RANK_MULTIPLE:
         return f"it runs on CUDA and on CPUs, not on {device.type}"
     if device.type == "cuda" and not has_triton():
@@ -40,7 +34,7 @@ def why_not_here(model: nn.Module, recipe: Recipe, device: torch.device) -> str 
 
 def warm_up(config: Mapping[str, Any], recipe: Recipe, device: torch.device, four_bit: bool) -> Warming:
     """Compile the kernels beside the loader, where the engine may be taken."""
-    if recipe.engine == "off" or recipe.method == "full":
+    if why_not_method(recipe, recipe.method):
         return Warming(None)
     return start_warming(config, device, four_bit, RANK_MULTIPLE["cuda"])
 

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from thriftune.engine.layer import Norm
 from thriftune.engine.packing import PackedBatch
+from thriftune.engine.sizes import head_rows
 from thriftune.kernels.cross_entropy import cross_entropy_
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
-
-# Logits are made for so many positions at once that they take no more than a layer's backward pass does, and no more
-# than are needed for the head's products to run at full speed. 4,096 rows of a 128k vocabulary take 1 GiB.
-CHUNK_BYTES = 512 * 1024**2
-FEWEST_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Head:
     def rows_at_once(self, tokens: int) -> int:
         """Positions whose logits are made together in a batch of so many tokens."""
         row_bytes = self.weight_VD.shape[0] * self.weight_VD.element_size()
-        return max(FEWEST_ROWS, min(CHUNK_BYTES, tokens * self.spare_bytes) // row_bytes)
+        return head_rows(row_bytes, tokens, self.spare_bytes)
 
     def _chunks(self, batch: PackedBatch) -> list[slice]:
         count = batch.predicting_N.shape[0]

@@ -7,7 +7,6 @@ R padded rank of a stack.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -15,29 +14,11 @@ from torch import Tensor
 
 from thriftune.engine.attention import Attention, Kind
 from thriftune.engine.packing import PackedBatch
+from thriftune.engine.sizes import Keep, LayerSizes
 from thriftune.engine.weights import Stack
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
 from thriftune.kernels.rope import rope_
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
-
-
-class Keep(IntEnum):
-    """What a layer keeps for its backward pass, less and less; the rest is computed again, bit for bit the same.
-
-    ALL: everything but what norms and the gate make in passing. NO_MLP: not the gate's and up's product, the largest.
-    RESIDUALS: the layer's input and the residual between attention and MLP. INPUT: the input alone. The `down` product
-    is never computed again: no gradient needs it.
-    """
-
-    ALL = 0
-    NO_MLP = 1
-    RESIDUALS = 2
-    INPUT = 3
-
-    @property
-    def words(self) -> str:
-        return ("everything", "all but the MLP's products", "their input and the residual after attention",
-                "their input alone")[self]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +47,12 @@ class Layer:
     @property
     def stacks(self) -> list[Stack]:
         return [self.qkv, self.o, self.gate_up, self.down]
+
+    @property
+    def sizes(self) -> LayerSizes:
+        norms = self.query_norm is not None
+        qkv, o, gate_up, down = (stack.sizes for stack in self.stacks)
+        return LayerSizes(qkv, o, gate_up, down, self.heads, self.groups, norms)
 
     def acquire(self) -> None:
         """Have the layer's weights in their buffers. 4-bit layers share them: one layer at a time can be used."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from thriftune.data import Example
 from thriftune.engine.attention import Attention
-from thriftune.engine.layer import Keep
 from thriftune.engine.packing import cut_by_tokens, pack
 from thriftune.engine.program import Program
 from thriftune.engine.room import Room
+from thriftune.engine.sizes import Keep
 from thriftune.errors import DoesNotFitError
 
 

@@ -5,6 +5,7 @@ Shape legend: T tokens of a packed batch, D width, P positions of the angle tabl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from thriftune.engine.attention import Attention
 from thriftune.engine.head import Head
-from thriftune.engine.layer import Keep, Layer, Saved, Step, backward, forward
+from thriftune.engine.layer import Layer, Saved, Step, backward, forward
 from thriftune.engine.packing import PackedBatch
+from thriftune.engine.sizes import Keep, ProgramSizes
 from thriftune.kernels.copies import Copies
 
 
@@ -33,6 +35,12 @@ class Program:
     angles: Angles
     head: Head
     _copies: dict[int, Copies] = field(default_factory=dict)  # by the number of stacks with a buffer of their own
+
+    @property
+    def sizes(self) -> ProgramSizes:
+        vocabulary, width = self.embedding_VD.shape
+        kinds = Counter(layer.sizes for layer in self.layers)
+        return ProgramSizes(list(kinds.items()), width, vocabulary, self.embedding_VD.element_size())
 
     def copy_masters(self) -> None:
         """Take over the adapters' present values. To be called after each change of them."""
@@ -61,6 +69,7 @@ class Program:
                 layer.acquire()
                 x_TD, of_layer = forward(layer, x_TD, step, kept)
                 saved.append(of_layer)
+                del of_layer  # or what the last layer kept would stay to the end
             top = self.layers[-1].down
             dx_TY = top.output_buffer(x_TD)
             loss = self.head.loss_and_gradient(x_TD, batch, scale, dx_TY[:, : top.size_out])

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 
 from thriftune.engine.attention import Kind
 from thriftune.engine.head import Head
-from thriftune.engine.layer import Keep, Layer, Norm
+from thriftune.engine.layer import Layer, Norm
 from thriftune.engine.program import Angles, Program
-from thriftune.engine.sizes import working_bytes
+from thriftune.engine.sizes import Keep, working_bytes
+from thriftune.engine.takes import DOWN, GATE_UP, LINEARS, OUT, QKV, why_not_model
 from thriftune.engine.weights import Part, Stack, padded_rank
 from thriftune.kernels.four_bit import FourBit
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
-QKV, OUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 
 def base_of(model: Any) -> Any:
@@ -42,17 +39,13 @@ def why_not(model: nn.Module) -> str | None:
         linears = (Linear, Linear4bit)
     base = base_of(model)
     config = base.config
-    if config.model_type not in FAMILIES:
-        return f"it knows {', '.join(FAMILIES)}, and this model is of type {config.model_type}"
-    if config.hidden_act != "silu":
-        return f"the MLP's activation is {config.hidden_act}"
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        return f"rope of type {rope_type} depends on the rows' length"
+    if reason := why_not_model(config.model_type, getattr(config, "hidden_act", ""), rope_type):
+        return reason
     for name, module in base.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if not isinstance(module, linears) or name.rsplit(".", 1)[-1] not in (*QKV, *OUT, *GATE_UP, *DOWN):
+        if not isinstance(module, linears) or name.rsplit(".", 1)[-1] not in LINEARS:
             return f"an adapter on {name}"
         if reason := _why_not_adapter(module):
             return f"{reason} on {name}"
@@ -95,7 +88,7 @@ def read_program(model: nn.Module, longest: int, rank_multiple: int) -> Program:
         head=Head(
             _norm(inner.norm),
             weight_VD.detach(),
-            max(working_bytes(layer, Keep.ALL, weight_VD.element_size()) for layer in layers),
+            max(working_bytes(layer.sizes, Keep.ALL, weight_VD.element_size()) for layer in layers),
         ),
     )
 

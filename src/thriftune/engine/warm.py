@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from thriftune.engine.read import FAMILIES
+from thriftune.engine.takes import FAMILIES
 from thriftune.kernels.copies import Copies, Copy
 from thriftune.kernels.cross_entropy import cross_entropy_
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit

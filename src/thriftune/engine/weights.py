@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftune.engine.sizes import StackSizes, padded
 from thriftune.kernels.copies import Copies, Copy
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 
@@ -57,6 +58,10 @@ class Stack:
     common_YX: Tensor | None = None  # noqa: N815 # the shared buffer while this stack has its own
     leaves_traces: bool = False  # other layers' adapters have other places in the shared buffer
     _to_shared: Copies | None = None
+
+    @property
+    def sizes(self) -> StackSizes:
+        return StackSizes(self.size_in, self.size_out, self.rank)
 
     @property
     def weight_OX(self) -> Tensor:  # noqa: N802
@@ -166,4 +171,4 @@ def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 def padded_rank(parts: Sequence[Part], multiple: int) -> int:
     rank = sum(part.a.shape[0] for part in parts if part.a is not None)
-    return -(-rank // multiple) * multiple
+    return padded(rank, multiple)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ import torch
 from torch import nn
 
 from thriftune.data import Example
+from thriftune.engine.choose import engine_path, why_not_here
+from thriftune.engine.path import EnginePath
+from thriftune.engine.sizes import Choice
 from thriftune.errors import DoesNotFitError, ModelError, ThriftuneError
 from thriftune.measure.layers import WITHOUT, number_of_layers, random_model, text_config, two_cuts
 from thriftune.methods import METHODS
@@ -34,6 +37,7 @@ from thriftune.train.distributed import Processes
 from thriftune.train.job import generic_path
 from thriftune.train.loop import train_step
 from thriftune.train.optim import build_optimizer
+from thriftune.train.path import StepPath
 
 STEPS = 8  # at most; the time is their lower quartile, for warming up and other programs only make a step slower
 LONG_S = 2.0  # a micro-batch this long is timed once, and the step is so many of it
@@ -44,13 +48,14 @@ MICRO_BATCHES = 4  # that are timed; of more, the rest by the line through one a
 @dataclass(frozen=True, slots=True)
 class Step:
     """What is asked of one optimizer step. Of the recipe the adapter, the optimizer and the types of numbers count;
-    rows at once and micro-batches are the work's."""
+    rows at once and micro-batches are the work's. With a `choice` the step goes through the engine, as it chooses."""
 
     recipe: Recipe
     method: str
     checkpointing: bool
     work: Work
     device: torch.device
+    choice: Choice | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +118,10 @@ def _step_s(config: Mapping[str, Any], layers: int, step: Step) -> float:
     )
     model = method.attach(loaded, step.recipe)
     model.train()
-    one_s = _repeated_s(loaded, model, step, 1)
     count = step.work.micro_batches
+    if step.choice is not None:
+        return _repeated_s(loaded, model, step, count)
+    one_s = _repeated_s(loaded, model, step, 1)
     if count == 1 or one_s >= LONG_S:
         return count * one_s
     few = min(count, MICRO_BATCHES)
@@ -131,7 +138,7 @@ def _repeated_s(loaded: LoadedModel, model: nn.Module, step: Step, micro_batches
         model=model,
         method=METHODS[step.method],
         recipe=recipe,
-        train_examples=_examples(work, micro_batches, loaded.description.vocab_size),
+        train_examples=_examples(step, micro_batches, loaded.description.vocab_size),
         place_of=lambda index: f"row {index + 1}",
         eval_examples=[],
         processes=Processes(0, 1, device),
@@ -143,7 +150,7 @@ def _repeated_s(loaded: LoadedModel, model: nn.Module, step: Step, micro_batches
         resume_command="",
     )
     optimizer, _, _ = build_optimizer(model, recipe, device)
-    path = generic_path(job)
+    path: StepPath = generic_path(job) if step.choice is None else _engine(job, step.choice)
     taken: list[float] = []
     while len(taken) < STEPS and (not taken or sum(taken) + taken[-1] < SPENT_S):
         started = time.perf_counter()
@@ -155,11 +162,32 @@ def _repeated_s(loaded: LoadedModel, model: nn.Module, step: Step, micro_batches
     return sorted(taken)[len(taken) // 4]
 
 
-def _examples(work: Work, micro_batches: int, vocabulary: int) -> list[Example]:
-    """Rows of the mean padded length, with the mean number of targets at their end."""
+def _engine(job: TrainJob, choice: Choice) -> EnginePath:
+    """As planned, not as the memory beside a few layers would allow: of a share of the layers 4-bit weights stay
+    unpacked. Raises ModelError where the engine does not take the model."""
+    device = job.processes.device
+    reason = why_not_here(job.model, job.recipe, device)
+    if reason is not None:
+        raise ModelError(
+            given=f"the plan is of the engine, which does not take this model: {reason}",
+            allowed="models and options that the engine takes, or engine=off",
+            do=WITHOUT,
+        )
+    path = engine_path(job.model, device, job.lengths, sum(job.lengths), 0, "auto")
+    layers = path.program.layers
+    for layer in layers[: round(len(layers) * choice.held_share)]:
+        layer.hold()
+    return replace(path, keep=choice.keep, most_tokens=choice.most_tokens)
+
+
+def _examples(step: Step, micro_batches: int, vocabulary: int) -> list[Example]:
+    """Rows of the mean length, padded where the path pads, with the mean number of targets at their end."""
+    work, packed = step.work, step.work.packed
     count = work.rows * work.micro_batches
-    length = max(2, round(work.padded_tokens_per_step / count))
-    targets = max(1, min(length - 1, round(work.targets_per_step / count)))
+    engine = step.choice is not None
+    tokens, wanted = (packed.tokens, packed.targets) if engine else (work.padded_tokens_per_step, work.targets_per_step)
+    length = max(2, round(tokens / count))
+    targets = max(1, min(length - 1, round(wanted / count)))
     drawn = np.random.default_rng(0)
     trained = np.zeros(length, dtype=bool)
     trained[length - targets :] = True

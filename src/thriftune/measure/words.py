@@ -112,12 +112,17 @@ def _timed(
 ) -> Timed:
     """The candidate's settings timed, with the table's estimate beside it; or why that was not possible."""
     work, table = candidate.work, candidate.time
-    length = round(work.padded_tokens_per_step / (work.rows * work.micro_batches))
-    what = f"{work.micro_batches} x {work.rows} rows of {length:,} tokens a step"
-    say(f"measuring {method} on {device}: {what}{', recomputing activations' if candidate.checkpointing else ''}")
+    rows, choice = work.rows * work.micro_batches, candidate.choice
+    if choice is None:
+        what = f"{work.micro_batches} x {work.rows} rows of {round(work.padded_tokens_per_step / rows):,} tokens a step"
+        what += ", recomputing activations" if candidate.checkpointing else ""
+    else:
+        what = f"{rows} rows of {round(work.packed.tokens / rows):,} tokens a step through the engine"
+        what += f", layers keep {choice.keep.words}"
+    say(f"measuring {method} on {device}: {what}")
     started = time.perf_counter()
     try:
-        found = measure_step(config, Step(recipe, method, candidate.checkpointing, work, device))
+        found = measure_step(config, Step(recipe, method, candidate.checkpointing, work, device, candidate.choice))
     except ThriftuneError as error:
         say(f"  not measured: {error.given}")
         kept = " and keeps the table's time" if table else ""

@@ -79,22 +79,27 @@ def is_slower_and_bigger(qlora: PlannedMethod, lora: PlannedMethod) -> bool:
     """QLoRA pays for unpacking each weight in every pass. For small models at large batches the buffers for that are
     larger than what 4 bits save: litgpt's table (A10G) has TinyLlama 1.1B at 13.50 GB with LoRA and 16.24 GB with
     QLoRA, and 8.09 against 8.70 minutes."""
-    return qlora.peak_bytes >= lora.peak_bytes and qlora.step_s >= lora.step_s
+    return least_bytes(qlora) >= least_bytes(lora) and qlora.step_s >= lora.step_s
+
+
+def least_bytes(plan: PlannedMethod) -> int:
+    """What a method needs: the engine fills the memory that is free, and could do with less."""
+    return plan.peak_bytes if plan.least_bytes is None else plan.least_bytes
 
 
 def qlora_for_memory(lora: PlannedMethod, qlora: PlannedMethod) -> tuple[PlannedMethod, list[str]]:
     """When memory is the constraint: the smaller of the two, which is not QLoRA for every model (see
     `is_slower_and_bigger`)."""
+    needed = {plan.method: format_bytes(least_bytes(plan)) for plan in (lora, qlora)}
     if is_slower_and_bigger(qlora, lora):
         return lora, [
-            f"lora: for this model and batch qlora is slower and bigger ({format_bytes(qlora.peak_bytes)} against "
-            f"{format_bytes(lora.peak_bytes)})"
+            f"lora: for this model and batch qlora is slower and bigger ({needed['qlora']} against {needed['lora']})"
         ]
-    small, large = sorted((lora, qlora), key=lambda plan: plan.peak_bytes)
-    return small, [
-        f"{small.method}: the least memory, {format_bytes(small.peak_bytes)} against {format_bytes(large.peak_bytes)} "
-        f"of {large.method}"
-    ]
+    small, large = sorted((lora, qlora), key=least_bytes)
+    why = f"{small.method}: the least memory, {needed[small.method]} against {needed[large.method]} of {large.method}"
+    if small.path == "engine":
+        why += "; with more free, the engine takes more and is faster"
+    return small, [why]
 
 
 def faster_adapter(lora: PlannedMethod, qlora: PlannedMethod) -> tuple[PlannedMethod, list[str]]:
@@ -123,17 +128,22 @@ def what_qlora_would_change(lora: PlannedMethod, qlora: PlannedMethod) -> str | 
     """What a person gives up with the default, in this plan's own numbers; None where no time is known."""
     if is_slower_and_bigger(qlora, lora):
         return "qlora would be slower and bigger here: 4 bits save less than unpacking them costs"
-    saved = lora.peak_bytes - qlora.peak_bytes
+    saved = least_bytes(lora) - least_bytes(qlora)
     if not lora.step_s or saved <= 0:
         return None
     ratio = qlora.step_s / lora.step_s
+    if qlora.path == "engine":
+        return (
+            f"qlora could do with {format_bytes(saved)} less ({format_bytes(least_bytes(qlora))}); with this much free "
+            f"it takes {ratio:.2f} times as long a step"
+        )
     if ratio > 1:
         return f"qlora would save {format_bytes(saved)} and take {ratio:.2f} times as long a step"
     return f"qlora would save {format_bytes(saved)} and be {1 / ratio:.2f} times as fast: --prefer speed takes it"
 
 
 def recomputes(plan: PlannedMethod) -> bool:
-    return bool(plan.settings["gradient_checkpointing"] == "on")
+    return bool(plan.settings.get("recomputes", plan.settings["gradient_checkpointing"] == "on"))
 
 
 def full_for_the_last_points(full: PlannedMethod) -> str:

@@ -73,9 +73,9 @@ def setup_of(recipe: Recipe, method: str, checkpointing: bool, on_gpu: bool) -> 
 
 def memory_of(shape: ModelShape, adapter: Adapter, setup: Setup, work: Work, gpu: Gpu | None) -> Memory:
     """The parts at the moment of the step that needs most, on each GPU; without a GPU, in a process on a CPU."""
-    runtime, cublas_workspace = _outside(gpu)
+    runtime, cublas_workspace = outside(gpu)
     resident = _resident(shape, adapter, setup)
-    states, paged = _optimizer_states(adapter, setup)
+    states, paged = optimizer_states(adapter, setup)
     gradients = adapter.trained * float(WIDE)
     moments = _moments(shape, adapter, setup, work, gradients)
     peak = max(moments, key=lambda moment: sum(moment.values()))
@@ -96,7 +96,7 @@ def memory_of(shape: ModelShape, adapter: Adapter, setup: Setup, work: Work, gpu
     )
 
 
-def _outside(gpu: Gpu | None) -> tuple[int, int]:
+def outside(gpu: Gpu | None) -> tuple[int, int]:
     """What the driver and libraries hold outside PyTorch's allocator, and cuBLAS inside it."""
     if gpu is None:
         return CPU_RUNTIME, 0
@@ -106,7 +106,7 @@ def _outside(gpu: Gpu | None) -> tuple[int, int]:
     return (600 * MIB if modern else 450 * MIB), (CUBLAS_HOPPER if modern else CUBLAS)
 
 
-def _optimizer_states(adapter: Adapter, setup: Setup) -> tuple[float, float]:
+def optimizer_states(adapter: Adapter, setup: Setup) -> tuple[float, float]:
     """Bytes in PyTorch's allocator, and in managed memory."""
     moments, scales, paged = OPTIMIZERS[setup.optimizer]
     in_managed = (adapter.trained - adapter.small) * moments if paged else 0.0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from thriftune.catalog.rows import Gpu
+from thriftune.engine.sizes import Choice, Keep
 from thriftune.plan.adapter import adapter_of
 from thriftune.plan.advise import (
     Prefer,
@@ -16,7 +17,7 @@ from thriftune.plan.advise import (
     sharded_full_note,
     stacked_experts_note,
 )
-from thriftune.plan.command import train_command
+from thriftune.plan.command import PINNED, train_command
 from thriftune.plan.cost import Market, price_notes, run_dollars
 from thriftune.plan.memory import optimizer_of
 from thriftune.plan.search import (
@@ -30,6 +31,7 @@ from thriftune.plan.search import (
     smallest_gpu,
 )
 from thriftune.plan.time import efficiency_of
+from thriftune.plan.values import Work
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
 from thriftune.units import format_bytes
 
@@ -131,11 +133,14 @@ def plan_method(
 ) -> PlannedMethod:
     """One method with the best settings that the recipe leaves open; the smallest ones when nothing fits."""
     adapter = adapter_of(case.shape, case.recipe.lora, method)
+    reason = case.engine_reason(method, device, adapter)
     chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
     fits = chosen.memory.peak_bytes <= device.usable_bytes
     time, work = chosen.time, chosen.work
     step_s = time.step_s if time else 0.0
-    notes = _settings_notes(case, chosen) if fits else _what_would_fit(case, method, device, chosen, market)
+    notes = (
+        _settings_notes(case, method, chosen, reason) if fits else _what_would_fit(case, method, device, chosen, market)
+    )
     if stopwatch is not None and fits:
         timed = stopwatch(method, chosen)
         step_s = step_s if timed.step_s is None else timed.step_s
@@ -162,12 +167,16 @@ def plan_method(
         cost_usd=cost,
         limited_by=time.limited_by if time else NO_TIME,
         settings=chosen.settings(case.recipe, optimizer_of(case.recipe, method, device.gpu is not None)),
+        path=chosen.path,
+        least_bytes=chosen.least_bytes,
         notes=notes,
     )
 
 
-def _settings_notes(case: Case, chosen: Candidate) -> list[str]:
-    """Sentences without their subject, the method."""
+def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str | None) -> list[str]:
+    """Sentences without their subject, the method. `no_engine` says why it does not go through the engine."""
+    if chosen.choice is not None:
+        return _engine_notes(chosen.choice, chosen.work)
     asked = case.recipe.train.per_device_train_batch_size
     rows = f"{chosen.work.rows} row{'s' if chosen.work.rows > 1 else ''}"
     notes = [f"takes {rows} at once, up to {chosen.work.rows * chosen.work.length:,} tokens with padding"]
@@ -177,6 +186,17 @@ def _settings_notes(case: Case, chosen: Candidate) -> list[str]:
         )
     if chosen.checkpointing and case.recipe.train.gradient_checkpointing == "auto":
         notes.append("recomputes activations in the backward pass, for memory")
+    if method != "full":
+        notes.append(f"does not go through the engine: {no_engine}")
+    return notes
+
+
+def _engine_notes(choice: Choice, work: Work) -> list[str]:
+    whole = choice.most_tokens >= work.packed.largest
+    rows = "takes a step's rows at once, up to" if whole else "cuts a step into parts of up to"
+    notes = [f"{rows} {choice.most_tokens:,} tokens side by side without padding (the engine)"]
+    if choice.keep > Keep.ALL:
+        notes.append(f"has layers keep {choice.keep.words} and computes the rest again, for memory")
     return notes
 
 
@@ -187,18 +207,16 @@ def _what_would_fit(case: Case, method: str, device: Device, smallest: Candidate
         f"needs {format_bytes(peak)} at its smallest settings, {format_bytes(peak - device.usable_bytes)} more than "
         f"the {format_bytes(device.usable_bytes)} that are usable"
     ]
-    free = replace(case, free=True)
+    free = case.freed
     freed = choose(candidates(free, method, device), device.usable_bytes)
     if freed.memory.peak_bytes <= device.usable_bytes:
-        switch = "on" if freed.checkpointing else "off"
-        notes.append(
-            f"fits with per_device_train_batch_size={freed.rows_at_once} "
-            f"gradient_accumulation_steps={freed.accumulation} gradient_checkpointing={switch}"
-        )
+        settings = freed.settings(free.recipe, "")
+        notes.append(f"fits with {' '.join(f'{name}={settings[name]}' for name in PINNED)}")
         return notes
     length = longest_that_fits(free, method, device, freed)
     if length is not None:
-        notes.append(f"fits with max_length={length} ({freed.rows_at_once} rows at once)")
+        at_once = f" ({freed.rows_at_once} rows at once)" if freed.choice is None else ""
+        notes.append(f"fits with max_length={length}{at_once}")
     gpu = smallest_gpu(free, method, market.gpus, freed)
     if gpu is not None:
         notes.append(f"fits on {gpu.key} ({format_bytes(gpu.usable_bytes)} usable{_price_of(gpu, market)})")

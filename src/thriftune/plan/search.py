@@ -7,10 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from thriftune.catalog.rows import Gpu
+from thriftune.engine.sizes import Choice, Keep
 from thriftune.plan.adapter import Adapter, adapter_of
+from thriftune.plan.engine import engine_case, engine_choice, least_choice, why_not_engine
+from thriftune.plan.engine_memory import engine_memory
+from thriftune.plan.engine_time import engine_time
 from thriftune.plan.memory import memory_of, setup_of
 from thriftune.plan.time import time_of
-from thriftune.plan.values import Memory, Time, Timed, Work
+from thriftune.plan.values import Memory, Path, Time, Timed, Work
 from thriftune.plan.work import Rows, work_of
 from thriftune.recipe import Recipe
 from thriftune.shapes import ModelShape
@@ -21,11 +25,13 @@ ROWS = "per_device_train_batch_size"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """`count` equal GPUs, each with `usable_bytes` for the run; without a `gpu`, a computer's own memory."""
+    """`count` equal GPUs, each with `usable_bytes` for the run; without a `gpu`, a computer's own memory. `no_engine`
+    says why the engine does not run there, where that is for another reason than the GPU itself."""
 
     gpu: Gpu | None
     count: int
     usable_bytes: int
+    no_engine: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,16 @@ class Case:
         changes = {ROWS: rows_at_once, "gradient_accumulation_steps": accumulated}
         return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update=changes)})
 
+    def engine_reason(self, method: str, device: Device, adapter: Adapter) -> str | None:
+        """Why such a run does not go through the engine; None when it does."""
+        return device.no_engine or why_not_engine(self.shape, self.recipe, method, adapter, device.gpu)
+
+    @property
+    def freed(self) -> Case:
+        """The same with rows at once and recomputation left to the planner, and to the engine."""
+        train = self.recipe.train.model_copy(update={"gradient_checkpointing": "auto"})
+        return replace(self, recipe=self.recipe.model_copy(update={"train": train}), free=True)
+
     def cut_to(self, length: int) -> Case:
         """The same rows with at most `length` tokens; answers stand at a row's end and are cut last."""
         tokens = tuple(min(count, length) for count in self.rows.tokens)
@@ -66,7 +82,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run a method, and what it takes. `time` is None on a CPU, for which none is estimated."""
+    """One way to run a method, and what it takes. `time` is None on a CPU, for which none is estimated. Through the
+    engine `choice` is what it will choose for itself, and `least_bytes` what it could run in with less."""
 
     rows_at_once: int
     accumulation: int
@@ -74,14 +91,21 @@ class Candidate:
     work: Work
     memory: Memory
     time: Time | None
+    choice: Choice | None = None
+    least_bytes: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return "generic" if self.choice is None else "engine"
 
     def settings(self, recipe: Recipe, optimizer: str) -> dict[str, Any]:
-        """The recipe options that this candidate's numbers hold for."""
+        """The recipe options that this candidate's numbers hold for, and what the engine chooses beside them."""
         train = recipe.train
+        switch = "on" if self.checkpointing else "off"
         found: dict[str, Any] = {
             ROWS: self.rows_at_once,
             "gradient_accumulation_steps": self.accumulation,
-            "gradient_checkpointing": "on" if self.checkpointing else "off",
+            "gradient_checkpointing": switch if self.choice is None else train.gradient_checkpointing,
             "max_length": recipe.data.max_length,
             "optim": optimizer,
         }
@@ -89,6 +113,13 @@ class Candidate:
             found["max_steps"] = train.max_steps
         else:
             found["num_train_epochs"] = train.num_train_epochs
+        if self.choice is not None:
+            found |= {
+                "layers_keep": self.choice.keep.words,
+                "recomputes": self.choice.keep > Keep.ALL,
+                "tokens_at_once": self.choice.most_tokens,
+                "layers_unpacked": self.choice.held,
+            }
         return found
 
 
@@ -116,8 +147,11 @@ def allowed_settings(case: Case) -> Iterator[tuple[int, bool]]:
 
 
 def candidates(case: Case, method: str, device: Device, adapter: Adapter | None = None) -> list[Candidate]:
-    """Every way the recipe leaves open, in the order of `allowed_settings`. Raises InputError for wrong targets."""
+    """Every way the recipe leaves open, in the order of `allowed_settings`; through the engine, which chooses for
+    itself, the way that it will choose. Raises InputError for wrong targets."""
     adapter = adapter or adapter_of(case.shape, case.recipe.lora, method)
+    if case.engine_reason(method, device, adapter) is None:
+        return [_engine_candidate(case, method, device, adapter)]
     found = []
     for rows_at_once, recompute in allowed_settings(case):
         setup = setup_of(case.recipe, method, recompute, device.gpu is not None)
@@ -130,6 +164,26 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
     return found
 
 
+def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter) -> Candidate:
+    """What the engine will choose with this memory; the least that it can run with, when that is too little."""
+    gpu, rows_at_once = device.gpu, case.recipe.train.per_device_train_batch_size
+    work = case.work(rows_at_once, device.count)
+    engine = engine_case(case.shape, adapter, setup_of(case.recipe, method, False, gpu is not None), gpu)
+    chosen = engine_choice(engine, case.recipe, work.packed, device.usable_bytes)
+    taken = engine_memory(engine, chosen, work.packed)
+    least_bytes = taken.peak_bytes  # on a CPU, whose memory the engine does not count
+    if gpu is not None:
+        least = least_choice(engine, case.recipe, work.packed)
+        smallest = engine_memory(engine, least, work.packed)
+        least_bytes = smallest.peak_bytes
+        if taken.peak_bytes > device.usable_bytes:
+            chosen, taken = least, smallest
+    time = engine_time(engine, chosen, work, gpu, device.count) if gpu is not None else None
+    recomputes = chosen.keep > Keep.ALL
+    accumulation = case.rows_a_step // rows_at_once
+    return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, chosen, least_bytes)
+
+
 def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
     """The fastest that fits; of equally fast ones, and where no time is known, the first. The smallest if none fits."""
     found = list(found)
@@ -139,21 +193,20 @@ def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
     return min(found, key=lambda candidate: candidate.memory.peak_bytes)
 
 
-def least_bytes(case: Case, method: str, gpu: Gpu | None, rows_at_once: int, recompute: bool, gpus: int = 1) -> int:
-    """Bytes at the peak of one setting."""
+def least_bytes(case: Case, method: str, device: Device, like: Candidate) -> int:
+    """Bytes at the peak with the smallest settings: those of `like`, or the engine's least."""
     adapter = adapter_of(case.shape, case.recipe.lora, method)
-    setup = setup_of(case.recipe, method, recompute, gpu is not None)
-    return memory_of(case.shape, adapter, setup, case.work(rows_at_once, gpus), gpu).peak_bytes
+    if case.engine_reason(method, device, adapter) is None:
+        return _engine_candidate(case, method, device, adapter).least_bytes or 0
+    setup = setup_of(case.recipe, method, like.checkpointing, device.gpu is not None)
+    return memory_of(case.shape, adapter, setup, case.work(like.rows_at_once, device.count), device.gpu).peak_bytes
 
 
 def longest_that_fits(case: Case, method: str, device: Device, smallest: Candidate) -> int | None:
     """The largest max_length with which the smallest setting fits, found by bisection; None when none does."""
 
     def fits(length: int) -> bool:
-        peak = least_bytes(
-            case.cut_to(length), method, device.gpu, smallest.rows_at_once, smallest.checkpointing, device.count
-        )
-        return peak <= device.usable_bytes
+        return least_bytes(case.cut_to(length), method, device, smallest) <= device.usable_bytes
 
     low, high = SHORTEST_ROWS, max(case.rows.tokens)
     if high <= low or not fits(low):
@@ -170,6 +223,6 @@ def smallest_gpu(case: Case, method: str, gpus: Iterable[Gpu], smallest: Candida
     for gpu in sorted(gpus, key=lambda gpu: (gpu.usable_bytes, gpu.key)):
         if gpu.unified_memory or gpu.usable_bytes < smallest.memory.parts["weights"]:
             continue
-        if least_bytes(case, method, gpu, smallest.rows_at_once, smallest.checkpointing) <= gpu.usable_bytes:
+        if least_bytes(case, method, Device(gpu, 1, gpu.usable_bytes), smallest) <= gpu.usable_bytes:
             return gpu
     return None

@@ -190,10 +190,17 @@ def three_lines(found: GpuPlan, plan: PlannedMethod) -> list[str]:
         time = f"plan: {format_seconds(plan.step_s)} a step, {format_seconds(plan.run_s)} in all; {costs}"
     chosen = found.recommended.method == plan.method and len(found.methods) > 1
     reason = found.recommended.reasons[0] if chosen else f"{plan.method}: asked for"
-    rows = plan.settings["per_device_train_batch_size"]
-    how = f"rows at once: {rows}; recomputation {plan.settings['gradient_checkpointing']}"
+    how = _how(plan)
     limit = f"; limited by {plan.limited_by}" if plan.step_s else ""
     return [memory, time, f"plan: {reason}; {how}{limit}"]
+
+
+def _how(plan: PlannedMethod) -> str:
+    settings = plan.settings
+    if plan.path == "engine":
+        return f"up to {settings['tokens_at_once']:,} tokens at once; layers keep {settings['layers_keep']}"
+    rows = settings["per_device_train_batch_size"]
+    return f"rows at once: {rows}; recomputation {settings['gradient_checkpointing']}"
 
 
 def _two_costs(plan: PlannedMethod) -> list[tuple[str, float]]:

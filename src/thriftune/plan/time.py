@@ -90,7 +90,7 @@ def time_with(
     reached: Efficiency, shape: ModelShape, adapter: Adapter, setup: Setup, work: Work, gpu: Gpu, gpus: int
 ) -> Time:
     amounts = amounts_of(shape, adapter, setup, work)
-    flops = _matrix_rate(gpu, setup)
+    flops = matrix_rate(gpu, setup)
     bandwidth = gpu.bandwidth_bytes_per_s
     reach = min(1.0, reached.attention * (amounts.attention_reach / 2048) ** 0.5)
     compute_s = amounts.products / (flops * reached.matmul) + amounts.attention / (flops * reach)
@@ -104,7 +104,7 @@ def time_with(
     launch_s = again * (
         amounts.layers * reached.layer_s + amounts.adapted * reached.adapted_s + amounts.four_bit * reached.four_bit_s
     )
-    link_s = _gradient_exchange_s(adapter, gpu, gpus)
+    link_s = gradient_exchange_s(adapter, gpu, gpus)
     gpu_s = compute_s + memory_s
     step_s = (gpu_s**OVERLAP + launch_s**OVERLAP) ** (1 / OVERLAP) + reached.step_s + link_s
     shares: dict[LimitedBy, float] = {"compute": compute_s, "memory bandwidth": memory_s, "link": link_s}
@@ -164,13 +164,13 @@ def amounts_of(shape: ModelShape, adapter: Adapter, setup: Setup, work: Work) ->
     )
 
 
-def _matrix_rate(gpu: Gpu, setup: Setup) -> float:
+def matrix_rate(gpu: Gpu, setup: Setup) -> float:
     """FLOP/s of dense products in the type they are computed in. Without bfloat16 units products are in float32."""
     if setup.value_bytes == 4 or gpu.flops_bf16 is None:
         return gpu.flops_fp32
     return gpu.flops_bf16
 
 
-def _gradient_exchange_s(adapter: Adapter, gpu: Gpu, gpus: int) -> float:
+def gradient_exchange_s(adapter: Adapter, gpu: Gpu, gpus: int) -> float:
     """Gradients summed over the GPUs once a step, in float32, each sent and received over the host link."""
     return 0.0 if gpus == 1 else 2 * 4 * adapter.trained * (gpus - 1) / gpus / gpu.link_bytes_per_s

@@ -11,6 +11,24 @@ Path = Literal["generic", "engine"]
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """The same steps as the engine runs them on each GPU: rows side by side, no padding. `largest` tokens of the
+    fullest step there is and `longest` of its longest row decide memory; the means of a step (`squares` of its rows'
+    squared lengths summed) decide time."""
+
+    largest: int
+    longest: int
+    tokens: float
+    targets: float
+    squares: float
+
+    @property
+    def varied(self) -> bool:
+        """Whether steps differ in length."""
+        return self.tokens < self.largest
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What the run's data ask of each step. The fullest micro-batch is `rows` x `length` tokens, padding included,
     and computes logits at `target_positions` positions of each row; that decides memory. Micro-batches go longest
@@ -28,6 +46,7 @@ class Work:
     steps: int
     tokens: int  # the whole run, padding not counted
     source: str  # in words: "rows.jsonl, 1,000 rows tokenised" or "assumed: rows of 1,024 tokens"
+    packed: Packed
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thriftune.plan.values import Work
+from thriftune.plan.values import Packed, Work
 from thriftune.recipe import Recipe
 
 SIMULATED_STEPS = 400  # steps drawn to find the means and the extremes; fewer when the run has fewer
@@ -42,10 +43,12 @@ def work_of(rows: Rows, recipe: Recipe, gpus: int = 1) -> Work:
     steps = settings.max_steps if settings.max_steps > 0 else 0
     steps = steps or max(1, math.ceil(round(settings.num_train_epochs * steps_an_epoch, 6)))
     drawn = random.Random(recipe.seed)
+    sums: list[int] = []
+    targets = squares = 0
     pairs = list(zip(rows.tokens, rows.targets, strict=True))
     longest = max(pairs)
     simulated = min(steps, SIMULATED_STEPS)
-    padded = positions = tokens = 0
+    padded = positions = 0
     first = (longest[0], longest[1])
     later = (0, 0)
     for number in range(simulated):
@@ -63,7 +66,10 @@ def work_of(rows: Rows, recipe: Recipe, gpus: int = 1) -> Work:
                 first = (max(first[0], length), max(first[1], reach))
             else:
                 later = (max(later[0], length), max(later[1], reach))
-        tokens += sum(row for row, _ in step)
+        sums.append(sum(row for row, _ in step))
+        targets += sum(min(wanted, row - 1) for row, wanted in step)
+        squares += sum(row * row for row, _ in step)
+    tokens = sum(sums)
     mean_tokens = sum(rows.tokens) / len(rows.tokens)
     return Work(
         rows=min(at_once, a_step),
@@ -78,4 +84,20 @@ def work_of(rows: Rows, recipe: Recipe, gpus: int = 1) -> Work:
         steps=steps,
         tokens=round(mean_tokens * min(steps * a_step * gpus, rows.count * steps / steps_an_epoch)),
         source=rows.source,
+        packed=Packed(
+            largest=_largest(sums, min(steps, steps_an_epoch), longest[0] * a_step),
+            longest=longest[0],
+            tokens=tokens / simulated,
+            targets=targets / simulated,
+            squares=squares / simulated,
+        ),
     )
+
+
+def _largest(sums: Sequence[int], steps: int, most: int) -> int:
+    """Tokens of the fullest of so many steps, by those that were drawn; of more steps than these, as far above the mean
+    as a normal distribution reaches."""
+    if len(sums) < 2 or steps <= len(sums):
+        return max(sums)
+    reach = statistics.fmean(sums) + statistics.stdev(sums) * math.sqrt(2 * math.log(steps))
+    return min(most, max(*sums, math.ceil(reach)))

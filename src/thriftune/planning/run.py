@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thriftune.errors import DoesNotFitError, InputError
@@ -54,6 +55,8 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
     try:
         shape = from_config(read_config(folder), recipe.model.name)
         case = Case(shape, recipe, rows)
+        if device.gpu is not None and importlib.util.find_spec("triton") is None:
+            device = replace(device, no_engine="Triton is not installed")
         methods = ("lora", "qlora") if recipe.method == "auto" else (recipe.method,)
         question = Question(case, methods, "balanced", True, str(folder / "config.json"))
         plan = make_plan(question, [device], market)

@@ -69,7 +69,24 @@ def from_config(config: Mapping[str, Any], name: str) -> ModelShape:
                 "the unquantised model"
             )
     fields.check()
-    return replace(shape, model_type=model_type, estimated=family is None, notes=tuple(fields.notes))
+    return replace(
+        shape,
+        model_type=model_type,
+        estimated=family is None,
+        notes=tuple(fields.notes),
+        part_of=str(fields.outer.get("model_type", "")),
+        activation=str(fields.values.get("hidden_act") or "silu"),
+        rope=_rope_type(fields.values),
+    )
+
+
+def _rope_type(values: Mapping[str, Any]) -> str:
+    """Under the name that a config has for it, of which transformers has had three."""
+    for key in ("rope_parameters", "rope_scaling"):
+        found = values.get(key)
+        if isinstance(found, Mapping):
+            return str(found.get("rope_type") or found.get("type") or "default")
+    return "default"
 
 
 def _text_part(config: Mapping[str, Any], name: str) -> tuple[Fields, str]:

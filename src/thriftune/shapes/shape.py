@@ -79,7 +79,8 @@ class ModelShape:
     outside the layers that are neither embedding, head, norm nor `outer` (learned positions). `outer` are linears
     outside the layers and `tables` the embedding modules (rows in, width out, none of their elements counted twice):
     both by their path in the model. `sight` are the linears, by path, and `sight_others` the other parameters of a part
-    for images, which text does not pass. `notes` say what was estimated or left out.
+    for images, which text does not pass. `notes` say what was estimated or left out. `part_of` is the model_type of the
+    whole where this is its text part; `activation` and `rope` are the MLP's function and the kind of rotary positions.
     """
 
     name: str
@@ -101,6 +102,9 @@ class ModelShape:
     tables: tuple[Linear, ...] = ()
     sight: tuple[Linear, ...] = ()
     sight_others: int = 0
+    part_of: str = ""
+    activation: str = "silu"
+    rope: str = "default"
 
     @property
     def num_layers(self) -> int:

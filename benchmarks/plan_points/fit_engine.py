@@ -1,0 +1,149 @@
+"""The planner's engine path beside measured points: what it says will be chosen, the peak, seconds a step.
+
+    python benchmarks/plan_points/fit_engine.py benchmarks/results/plan-h200/engine-points.jsonl \
+        --report benchmarks/results/plan-h200/engine-report.json [--refit]
+
+Memory has no fitted constant but the shares of fragmentation; time has those of
+thriftune.plan.engine_time.EngineEfficiency. The halves are drawn by a seed. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fit import measured_s, summary, work_of_point
+from shapes_measured import SHAPES
+
+from thriftune.catalog.gpus import find_gpu
+from thriftune.engine.sizes import Choice, Keep
+from thriftune.plan import engine_time as engine_time_module
+from thriftune.plan.adapter import adapter_of
+from thriftune.plan.engine import engine_case, engine_choice
+from thriftune.plan.engine_memory import engine_memory
+from thriftune.plan.engine_time import ENGINE, EngineEfficiency, engine_time
+from thriftune.plan.memory import outside, setup_of
+from thriftune.plan.values import Memory, Time
+from thriftune.recipe import read_recipe
+from thriftune.shapes import from_config
+
+FITTED = {
+    "matmul": (0.5, 0.85), "ramp": (10.0, 1500.0), "attention": (0.1, 0.6), "traffic": (0.2, 1.0),
+    "dequantise": (0.1, 1.0), "layer_s": (3e-4, 6e-3), "step_s": (1e-4, 5e-2), "varied_s": (1e-4, 5e-2),
+    "paged_s": (1e-6, 1e-3),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the planner says of one point: of what the engine was to choose, and of what it chose."""
+
+    choice: Choice
+    memory: Memory
+    memory_of_choice: Memory
+    time: Time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("points", type=Path, nargs="+")
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--refit", action="store_true", help="search the constants anew on half of the points")
+    arguments = parser.parse_args()
+    lines = [line for path in arguments.points for line in path.read_text().splitlines()]
+    points = [row for row in map(json.loads, lines) if row.get("path") == "engine" and row["status"] == "done"]
+    points = [row for row in points if row.get("allocated_peak")]
+    drawn = random.Random(0)
+    order = sorted(range(len(points)), key=lambda _: drawn.random())
+    fitting = {index for place, index in enumerate(order) if place % 2 == 0}
+    if arguments.refit:
+        reached = search([points[index] for index in sorted(fitting)])
+        print({name: float(f"{getattr(reached, name):.3g}") for name in FITTED})
+        engine_time_module.ENGINE = reached
+    rows = [compare(row) | {"half": "fitted" if index in fitting else "held out"} for index, row in enumerate(points)]
+    for row in rows:
+        show(row)
+    print(json.dumps(summary(rows), indent=1))
+    print("chosen as planned:", sum(row["as_planned"] for row in rows), "of", len(rows))
+    if arguments.report:
+        arguments.report.write_text(json.dumps({"points": rows, "summary": summary(rows)}, indent=1) + "\n")
+
+
+def planned(row: dict[str, Any]) -> Planned:
+    shape = from_config(SHAPES[row["model"]], row["model"])
+    recipe = read_recipe(None, [f"method={row['method']}", f"lora_r={row['r']}"], {})
+    adapter, gpu = adapter_of(shape, recipe.lora, row["method"]), find_gpu("h200", {})
+    work = work_of_point(row)
+    case = engine_case(shape, adapter, setup_of(recipe, row["method"], False, True), gpu)
+    usable = row["limit_bytes"] + outside(gpu)[0] if row["limit_bytes"] else gpu.usable_bytes
+    choice = engine_choice(case, recipe, work.packed, usable)
+    chosen = Choice(Keep(row["keep"]), row["most_tokens"], row["held"], case.sizes.number_of_layers)
+    memory, of_choice = (engine_memory(case, each, work.packed) for each in (choice, chosen))
+    return Planned(choice, memory, of_choice, engine_time(case, chosen, work, gpu, 1))
+
+
+def compare(row: dict[str, Any]) -> dict[str, Any]:
+    found = planned(row)
+    choice = found.choice
+    return {
+        **{key: row[key] for key in ("model", "method", "batch", "room", "keep", "most_tokens", "held")},
+        "keep_planned": int(choice.keep),
+        "most_tokens_planned": choice.most_tokens,
+        "held_planned": choice.held,
+        "as_planned": int(choice.keep) == row["keep"]
+        and choice.most_tokens == row["most_tokens"]
+        and abs(choice.held - row["held"]) <= 1,
+        "allocated": row["allocated_peak"],
+        "allocated_planned": found.memory.allocated_bytes,
+        "allocated_error": found.memory.allocated_bytes / row["allocated_peak"] - 1,
+        "allocated_error_of_choice": found.memory_of_choice.allocated_bytes / row["allocated_peak"] - 1,
+        "reserved": row["reserved_peak"],
+        "reserved_error": found.memory_of_choice.reserved_bytes / row["reserved_peak"] - 1,
+        "step_s": measured_s(row),
+        "step_s_planned": found.time.step_s,
+        "step_error": found.time.step_s / measured_s(row) - 1,
+        "limited_by": found.time.limited_by,
+    }
+
+
+def search(points: list[dict[str, Any]]) -> EngineEfficiency:
+    """Coordinate search for the least sum of squared log errors, each constant within bounds that make sense."""
+    best, score, step = ENGINE, math.inf, 1.3
+    while step > 1.005:
+        better = False
+        for name, (low, high) in FITTED.items():
+            for factor in (step, 1 / step):
+                candidate = replace(best, **{name: min(high, max(low, getattr(best, name) * factor))})
+                found = loss(candidate, points)
+                if found < score - 1e-9:
+                    best, score, better = candidate, found, True
+        if not better:
+            step = step**0.5
+    return best
+
+
+def loss(reached: EngineEfficiency, points: list[dict[str, Any]]) -> float:
+    engine_time_module.ENGINE = reached
+    errors = [math.log(planned(row).time.step_s / measured_s(row)) for row in points]
+    return sum(min(error**2, 0.09) for error in errors)
+
+
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['half']:8} {row['model']:13} {row['method']:5} {row['batch']:7} {row['room']:22}",
+        f"keep {row['keep']}/{row['keep_planned']} tokens {row['most_tokens']}/{row['most_tokens_planned']}",
+        f"held {row['held']}/{row['held_planned']}",
+        f"allocated {row['allocated'] / 2**30:7.2f} {row['allocated_error']:+6.1%}",
+        f"(of the choice {row['allocated_error_of_choice']:+6.1%})",
+        f"reserved {row['reserved'] / 2**30:7.2f} {row['reserved_error']:+6.1%}",
+        f"step {row['step_s']:6.3f} s {row['step_error']:+6.1%} {row['limited_by']}",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Which models and recipes the engine computes, as far as a config and a recipe tell. No torch.
+
+`read` asks the same of the model itself once it is there: what a config says is asked here, for both.
+"""
+
+from __future__ import annotations
+
+from thriftune.recipe import LoraRecipe, Recipe
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+QKV, OUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+LINEARS = (*QKV, *OUT, *GATE_UP, *DOWN)
+
+
+def why_not_model(model_type: str, activation: str, rope_type: str) -> str | None:
+    """What the engine cannot compute of such a model, in words; None when it can compute all of it."""
+    if model_type not in FAMILIES:
+        return f"it knows {', '.join(FAMILIES)}, and this model is of type {model_type}"
+    if activation != "silu":
+        return f"the MLP's activation is {activation}"
+    if rope_type not in ROPE_TYPES:
+        return f"rope of type {rope_type} depends on the rows' length"
+    return None
+
+
+def why_not_method(recipe: Recipe, method: str) -> str | None:
+    """Why a run of this recipe, with its method decided, does not go through the engine; None when it may."""
+    if recipe.engine == "off":
+        return "the recipe says engine: off"
+    if method == "full":
+        return "full fine-tuning changes the weights that the engine takes to be frozen"
+    return None
+
+
+def why_not_adapter(lora: LoraRecipe, biases: bool) -> str | None:
+    """What of an adapter's options the engine cannot compute, in words; None when it can compute all of them. `biases`:
+    the model has some that `lora.bias` may train."""
+    if lora.use_dora:
+        return "a variant of LoRA"
+    if lora.dropout:
+        return "dropout"
+    if lora.options.get("lora_bias"):
+        return "a bias of the adapter"
+    if (biases and lora.bias != "none") or lora.modules_to_save or lora.options.get("trainable_token_indices"):
+        return "more than the adapter is trained"
+    return None
