@@ -13,7 +13,7 @@ PYTEST := $(OFFLINE) $(BIN)/python -m pytest
 .PHONY: help setup demo test check format bench
 
 help:
-	@echo "make demo     fine-tune the model inside the package on this machine, offline"
+	@echo "make demo     compare methods on the model inside the package, offline, in three minutes"
 	@echo "make test     every check and every test that this machine can run"
 	@echo "make check    style, types and the layout of the house"
 	@echo "make format   rewrite the sources in the house's style"

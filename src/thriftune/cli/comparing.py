@@ -26,7 +26,9 @@ CompareWords = Annotated[
 def compare(
     words: CompareWords = None,
     data: Annotated[str | None, typer.Option(help="sums, reviews, imdb, gsm8k, a file, a folder, or a hub id.")] = None,
-    task: Annotated[str | None, typer.Option(help="What is scored; the data's own task by default.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What is scored, as for eval; the data's own task by default.")
+    ] = None,
     methods: Annotated[str, typer.Option(help="Some of these, with commas.")] = "base,full,lora,qlora",
     seeds: Annotated[str, typer.Option(help="How many seeds, or seeds with commas: 1,5,9.")] = "3",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the comparison.")] = None,

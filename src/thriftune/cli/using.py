@@ -13,12 +13,17 @@ from rich.console import Console
 
 from thriftune.cli.app import Json, Overrides, TargetName, app
 
+TASKS = (
+    "imdb, reviews, gsm8k, sums, gsm8k_5shot, perplexity, general, exact:COLUMN, FILE.py:FUNCTION, or lm_eval:NAME "
+    "(docs/tasks.md)."
+)
+
 
 @app.command(name="eval")
 def evaluate_command(
     target: TargetName = "pocket",
     words: Overrides = None,
-    task: Annotated[str, typer.Option(help="imdb, gsm8k, sums, reviews, or perplexity.")] = "reviews",
+    task: Annotated[str, typer.Option(help=TASKS)] = "reviews",
     data: Annotated[
         str | None, typer.Option(help="The task's rows, or the text of perplexity: file or folder.")
     ] = None,

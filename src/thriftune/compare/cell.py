@@ -16,7 +16,7 @@ from thriftune.compare.grid import BASE
 from thriftune.compare.jobs import CellJob, PlanJob, Planned, RateJob
 from thriftune.console import ProgressLine
 from thriftune.data import StepOrder, encode_prompt, load_rows
-from thriftune.errors import DiskFullError, DoesNotFitError, ModelError, NonFiniteLossError
+from thriftune.errors import DiskFullError, DoesNotFitError, InputError, ModelError, NonFiniteLossError
 from thriftune.evaluate import GENERAL, TASKS, check_task, file_label
 from thriftune.infer.latency import first_token_s
 from thriftune.infer.merge import merge_adapter
@@ -31,6 +31,8 @@ from thriftune.run import Prepared, prepare_run, run, run_place
 from thriftune.serving import evaluate_opened, task_data
 from thriftune.target import OpenedTarget, Target, attach_adapter, find_target, open_target
 from thriftune.train.checkpoint import newest_checkpoint
+from thriftune.train.recover import is_out_of_memory
+from thriftune.units import format_bytes
 
 PROMPTS = 8  # of the task, for the time to the first token
 REPEATS = 3
@@ -46,6 +48,12 @@ def plan_cells(job: PlanJob) -> Planned:
     recipes = list(job.recipes.values())
     question = job.question
     data = task_data(recipes[0].data, question.task, None)
+    if not job.task_is_named and question.task not in TASKS:
+        raise InputError(
+            given=f"the data {question.task} has no task of its own, and no --task was given",
+            allowed="a task that scores these rows, such as exact:COLUMN, FILE.py:FUNCTION, perplexity or lm_eval:NAME",
+            do="name it with --task",
+        )
     check_task(question.task, data)
     if question.task in TASKS:
         load_rows(data, question.split)
@@ -81,7 +89,7 @@ def _steps(prepared: Prepared) -> int:
 def try_rate(job: RateJob) -> float | None:
     """The eval loss of a run of the search, None when it diverged. Its weights and checkpoints are removed after.
 
-    Raises DoesNotFitError, StoppedBySignal and what the recipe's model and data refuse.
+    Raises DoesNotFitError for every way to run out of memory, StoppedBySignal and what the model and data refuse.
     """
     quiet_libraries()
     output = Path(job.recipe.output or "")
@@ -91,6 +99,14 @@ def try_rate(job: RateJob) -> float | None:
             record = _train(prepare_run(_going_on(job.recipe), force=job.force), job.command)
     except NonFiniteLossError:
         pass
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(
+            given=f"the search runs out of memory: {_given(error)}",
+            allowed="a run that fits",
+            do="lower data.max_length, or give the method's learning_rate",
+        ) from None
     for folder in (output / "adapter", output / "model", *output.glob("checkpoint-*")):
         shutil.rmtree(folder, ignore_errors=True)
     loss = record.eval_loss if record else None
@@ -110,20 +126,20 @@ def run_cell(job: CellJob) -> CellRecord:
             return _undone(job, "refused", f"{error.given}; {error.do}")
         try:
             _train(prepared, job.command)
-        except DiskFullError:
-            raise
-        except (DoesNotFitError, torch.OutOfMemoryError) as error:
-            return _undone(job, "out_of_memory", f"in training: {_given(error)}")
+        except (DoesNotFitError, RuntimeError, MemoryError) as error:
+            if not _ran_out(error):
+                raise
+            return _undone(job, "out_of_memory", f"in training: {_given(error)}{_guess(job)}")
         del prepared
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     try:
         return _score(job)
-    except DiskFullError:
-        raise
-    except (DoesNotFitError, torch.OutOfMemoryError) as error:
-        return _undone(job, "out_of_memory", f"in its evaluation: {_given(error)}")
+    except (DoesNotFitError, RuntimeError, MemoryError) as error:
+        if not _ran_out(error):
+            raise
+        return _undone(job, "out_of_memory", f"in its evaluation: {_given(error)}{_guess(job)}")
 
 
 def _going_on(recipe: Recipe) -> Recipe:
@@ -148,6 +164,17 @@ def _train(prepared: Prepared, command: str) -> RunRecord:
     console = Console(stderr=True)
     progress = ProgressLine(console, prepared.recipe.train.logging_steps)
     return run(prepared, observers=[progress], command=command, resume_command=command)
+
+
+def _ran_out(error: BaseException) -> bool:
+    return (isinstance(error, DoesNotFitError) and not isinstance(error, DiskFullError)) or is_out_of_memory(error)
+
+
+def _guess(job: CellJob) -> str:
+    if job.plan is None:
+        return "; there was no plan for it"
+    planned, usable = format_bytes(job.plan.peak_bytes), format_bytes(job.plan.usable_bytes)
+    return f"; the plan was {planned} of {usable}"
 
 
 def _given(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.compare.budget import Rent, Trimmed, plan_words, planned_s
-from thriftune.compare.child import Children, Ended
+from thriftune.compare.child import KILLED, Children, Ended
 from thriftune.compare.folder import cell_folder, read_cell, spent_s
 from thriftune.compare.grid import BASE, Cell, Grid
 from thriftune.compare.jobs import Asked, CellJob, Planned, Question
@@ -16,8 +16,6 @@ from thriftune.compare.search import Say
 from thriftune.errors import DiskFullError, InputError, StoppedBySignal
 from thriftune.records import CellRecord, RunRecord, read_record, write_record
 from thriftune.units import format_bytes, format_seconds
-
-KILLED = 9  # the signal that the system sends when memory runs out
 
 
 @dataclass

@@ -29,6 +29,7 @@ PRELOADED = ["thriftune.compare.preloaded"]
 ORPHAN_SAVES_WITHIN_S = 60.0
 LOCK = ".lock"
 CELL_LOCK = ".cell.lock"
+KILLED = 9  # the signal that the system sends when memory runs out
 
 
 @dataclass(frozen=True)

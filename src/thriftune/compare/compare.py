@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +40,16 @@ def compare(asked: Asked, say: Say) -> Compared:
     """
     grid, question, folder = _read(asked)
     check(folder, grid, question, asked.searches)
+    rent, most_s = _money(asked)
+    planned = _plan(asked, grid, question)
     with ExitStack() as stack:
         stack.enter_context(locked(folder / LOCK, waits=False))
         children = Children(folder)
         stack.enter_context(children.watching())
-        planned = _plan(grid, question, children)
-        rent, trimmed = _within_budget(asked, grid, planned, folder, say)
+        trimmed = _within_budget(asked, grid, planned, folder, rent, most_s, say)
         claim(folder, grid, question, asked.searches)
         notes = [*([trimmed.note] if trimmed.note else []), *planned.notes]
         rates = search_all(asked, grid, planned, folder, children, say)
-        most_s = budget.limit_s(asked.budget_usd, asked.budget_hours, rent)
         runner = CellRunner(asked, grid, question, planned, folder, children, rates, rent, most_s, say)
         notes += runner.run(trimmed)
         report = report_folders([folder], folder, notes)
@@ -58,15 +59,11 @@ def compare(asked: Asked, say: Say) -> Compared:
 
 def show_grid(asked: Asked, say: Say) -> dict[str, Any]:
     """What `compare` would run, with the plan of each cell and the sum; nothing is trained or written."""
-    import tempfile
-
     grid, question, folder = _read(asked)
     check(folder, grid, question, asked.searches)
-    with tempfile.TemporaryDirectory() as aside:
-        children = Children(Path(aside))
-        with children.watching():
-            planned = _plan(grid, question, children)
-        rent, trimmed = _within_budget(asked, grid, planned, folder, say)
+    rent, most_s = _money(asked)
+    planned = _plan(asked, grid, question)
+    trimmed = _within_budget(asked, grid, planned, folder, rent, most_s, say)
     cells = []
     for cell in grid.cells:
         plan = planned.plans.get(cell.variant) if cell.method != BASE else None
@@ -89,18 +86,29 @@ def _read(asked: Asked) -> tuple[Grid, Question, Path]:
     return grid, Question(task, asked.split, asked.limit, asked.general_text), folder
 
 
-def _plan(grid: Grid, question: Question, children: Children) -> Planned:
+def _plan(asked: Asked, grid: Grid, question: Question) -> Planned:
+    """Planned aside, so that words which are refused leave no folder behind."""
     recipes = {cell.variant: cell.recipe("planned") for cell in reversed(grid.cells) if cell.method != BASE}
     if not recipes:
         recipes = {BASE: grid.cells[0].recipe("planned")}
-    found: Planned = value_of(children.call("plan_cells", PlanJob(dict(reversed(recipes.items())), question)))
+    job = PlanJob(dict(reversed(recipes.items())), question, task_is_named=asked.task is not None)
+    with tempfile.TemporaryDirectory() as aside:
+        children = Children(Path(aside))
+        with children.watching():
+            found: Planned = value_of(children.call("plan_cells", job))
     return found
 
 
-def _within_budget(asked: Asked, grid: Grid, planned: Planned, folder: Path, say: Say) -> tuple[Rent | None, Trimmed]:
-    """Print the grid with its plan and the sum, and leave out what the budget does not hold."""
+def _money(asked: Asked) -> tuple[Rent | None, float | None]:
+    """What the GPU costs, and the budget in seconds."""
     rent = budget.find_rent(asked.gpu, read_market())
-    most_s = budget.limit_s(asked.budget_usd, asked.budget_hours, rent)
+    return rent, budget.limit_s(asked.budget_usd, asked.budget_hours, rent)
+
+
+def _within_budget(
+    asked: Asked, grid: Grid, planned: Planned, folder: Path, rent: Rent | None, most_s: float | None, say: Say
+) -> Trimmed:
+    """Print the grid with its plan and the sum, and leave out what the budget does not hold."""
     missing = [cell for cell in grid.cells if _is_missing(folder, cell, asked.force)]
     timed = all(planned.plans.get(cell.variant) is None or planned_s(planned, cell) for cell in missing)
     searching_s = search_s(asked, grid, planned, folder)
@@ -116,14 +124,14 @@ def _within_budget(asked: Asked, grid: Grid, planned: Planned, folder: Path, say
         money = f", ${rent.usd(total_s):.2f} ({rent.words()})" if rent else ""
         say(f"planned: {format_seconds(total_s)} of training{searching}{money}; evaluations come on top")
     if most_s is None:
-        return rent, Trimmed(tuple(missing), ())
+        return Trimmed(tuple(missing), ())
     if not timed or planned.device == "cpu":
         say("the budget: no times are planned for a CPU, so it is held against the time of finished cells")
-        return rent, Trimmed(tuple(missing), ())
+        return Trimmed(tuple(missing), ())
     trimmed = budget.trim(missing, lambda cell: planned_s(planned, cell), spent_s(folder) + searching_s, most_s, rent)
     if trimmed.note:
         say(trimmed.note)
-    return rent, trimmed
+    return trimmed
 
 
 def _is_missing(folder: Path, cell: Cell, force: bool) -> bool:

@@ -39,10 +39,14 @@ class CellJob:
 
 @dataclass(frozen=True)
 class PlanJob:
-    """`recipes`: variant -> its recipe, all on the same rows; the base model's alone when nothing is trained."""
+    """`recipes`: variant -> its recipe, all on the same rows; the base model's alone when nothing is trained.
+
+    `task_is_named`: False where the question's task is the data's name, for want of another.
+    """
 
     recipes: Mapping[str, Recipe]
     question: Question
+    task_is_named: bool
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.compare.budget import planned_s
-from thriftune.compare.child import Children, Ended, value_of
+from thriftune.compare.child import KILLED, Children, Ended, value_of
 from thriftune.compare.grid import BASE, Cell, Grid
 from thriftune.compare.jobs import Asked, Planned, RateJob
 from thriftune.compare.rates import (
@@ -23,7 +23,7 @@ from thriftune.compare.rates import (
     search_steps,
     write_search,
 )
-from thriftune.errors import DoesNotFitError
+from thriftune.errors import DiskFullError, DoesNotFitError
 
 Say = Callable[[str], None]
 DIVERGED = "diverged"
@@ -88,9 +88,12 @@ def _search_method(
             recipe = search_recipe(cell, rate, planned.steps, planned.rows, grid.seeds, output)
             say(f"search {method}: learning rate {rate:g}, {steps} steps")
             tried = _tried(rate, children.call("try_rate", RateJob(recipe, asked.force, asked.command)))
-            say(f"search {method}: learning rate {rate:g}: eval loss {tried.loss if tried.loss else tried.reason}")
+            came = tried.reason if tried.loss is None else f"eval loss {tried.loss:.4f}"
+            say(f"search {method}: learning rate {rate:g}: {came}")
         found.append(tried)
         search = write_search(place, search, method, found, None, facts)
+        if tried.reason not in ("", DIVERGED):
+            raise DoesNotFitError(given=tried.reason, allowed="a search that fits", do="give the learning rate")
         return tried
 
     try:
@@ -107,9 +110,13 @@ def _search_method(
 
 
 def _tried(rate: float, ended: Ended) -> Tried:
+    if isinstance(ended.error, DoesNotFitError) and not isinstance(ended.error, DiskFullError):
+        return Tried(rate, None, ended.error.given)
+    if ended.killed_by == KILLED:
+        return Tried(rate, None, "killed by the system, as it does when memory runs out")
     loss = value_of(ended)
     return Tried(rate, loss, "" if loss is not None else DIVERGED)
 
 
 def _held_out_words(rows: int) -> str:
-    return f"at most {min(MOST_HELD_OUT, round(held_out_share(rows) * rows)):,} rows held out"
+    return f"{held_out_share(rows):.2%} of the rows held out, at most {MOST_HELD_OUT:,} of them scored"
