@@ -85,6 +85,8 @@ class StepMetrics(Record):
     peak_bytes: int
     energy_j: float | None = None
     eval_loss: float | None = None
+    copy_s: float | None = Field(None, description="seconds in which streamed layers were copied to the GPU")
+    waited_s: float | None = Field(None, description="of the step, seconds in which the GPU stood still for a copy")
     events: list[str] = Field(default_factory=list, description="what happened: out of memory and what was done ...")
 
 

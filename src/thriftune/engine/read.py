@@ -74,7 +74,7 @@ def read_program(model: nn.Module, longest: int, rank_multiple: int) -> Program:
     base = base_of(model)
     inner, config = base.model, base.config
     with torch.no_grad():
-        shared = SharedBuffers(rank_multiple, inner.embed_tokens.weight)
+        shared = SharedBuffers(rank_multiple, base.lm_head.weight)  # the embedding may lie on the host
         layers = [_layer(module, config, shared) for module in inner.layers]
         _find_traces([stack for layer in layers for stack in layer.stacks if stack.shared])
         weight_VD = base.lm_head.weight
@@ -147,7 +147,8 @@ def _stack(parent: Any, names: Sequence[str], shared: SharedBuffers) -> Stack:
     rank = padded_rank(parts, shared.rank_multiple)
     bias_O = _bias(linears, shared.like)
     if hasattr(linears[0].weight, "quant_state"):
-        packed = [FourBit.of(linear.weight) for linear in linears]
+        # Streamed layers have no weights here: `residency.Streaming` gives them theirs while they are visited.
+        packed = [FourBit.of(linear.weight) for linear in linears if linear.weight.quant_state is not None]
         return Stack(parts, size_in, size_out, rank, shared.of(size_out, size_in, rank), bias_O, packed, True)
     buffer_YX = shared.like.new_zeros(size_out + rank, size_in + rank)
     for part in parts:

@@ -1,0 +1,381 @@
+"""Streamed QLoRA on one GPU held to so much memory, with random 4-bit weights at real shapes.
+
+    python benchmarks/streaming/run.py --results benchmarks/results/streaming --deadline-s 420 \
+        [--lengths ../shared/bench/gsm8k_lengths.txt] [--stages equality,70B,123B,8B]
+
+With expandable segments, as a run has them: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Needs 70 GB of
+host memory (40 GB without 123B), and a card of 80 GB for the resident 70B engine that the streamed one is held against.
+Steps are those of thriftune's own loop: gradients, clipping and the paged 8-bit AdamW. The cap holds PyTorch's
+allocator to what is left of it beside the driver's context, which is measured here, and the optimizer's paged states.
+`--tiny` tries the script on any machine. Prints one line a measurement, a table last; one JSON line each in
+steps.jsonl and equality.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from equality import check_all
+from random_models import RandomModel, make_model, make_slabs
+
+from thriftune.data import largest_step
+from thriftune.engine.attention import Attention
+from thriftune.engine.choose import choose_attention
+from thriftune.engine.hosted import Hosted
+from thriftune.engine.lanes import lane_to
+from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload
+from thriftune.engine.path import EnginePath
+from thriftune.engine.residency import spread
+from thriftune.engine.room import Room, free_bytes
+from thriftune.engine.shelf import DeviceShelf, HostShelf
+from thriftune.engine.sizes import Keep, later_bytes
+from thriftune.engine.streamed_path import StreamedPath
+from thriftune.machine import hardware, quiet_libraries, versions
+from thriftune.methods import METHODS
+from thriftune.methods.base import trainable_parameters
+from thriftune.recipe import read_recipe
+from thriftune.train import Observers, StopRequest, TrainJob, train
+from thriftune.train.distributed import Processes
+from thriftune.train.path import StepPath
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plan_points"))
+from points import Collector, examples_of
+
+GIB = 1024**3
+LIBRARIES_BYTES = 256 * 1024**2  # that libraries may still load after the context was measured
+STEPS = 5  # the first two warm up
+
+
+@dataclass(frozen=True)
+class Case:
+    """`cap_gib` None: all of the card. `resident`: every layer on the device, through the engine's ordinary program."""
+
+    model: str
+    batch: str
+    cap_gib: float | None
+    resident: bool = False
+    seconds: float = 20.0  # about; what would end after the deadline is left out
+
+
+CASES = {
+    "70B": [
+        Case("70B", "2x2048", 24),
+        Case("70B", "2x2048", None, resident=True),
+        Case("70B", "gsm8k", 24),
+        Case("70B", "2x2048", 40),
+        Case("70B", "2x2048", 16),
+        Case("70B", "2x2048", 12),
+        Case("70B", "gsm8k", 12),
+    ],
+    "123B": [Case("123B", "2x2048", 24, seconds=35), Case("123B", "gsm8k", 24, seconds=25)],
+    "8B": [
+        Case("8B", "2x2048", 6, seconds=5),
+        Case("8B", "4x2048", 6, seconds=8),
+        Case("8B", "2x2048", None, resident=True, seconds=5),
+    ],
+    "tiny": [Case("tiny", "2x32", 1), Case("tiny", "2x32", None, resident=True), Case("tiny", "4x32", 1)],
+}
+
+
+@dataclass
+class Card:
+    """The GPU's memory as the driver sees it; `before` is what others held before this process touched it."""
+
+    device: torch.device
+    before: int
+    context: int = 0
+    peak: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def untouched(cls, device: torch.device) -> Card:
+        return cls(device, _used_by_driver() if device.type == "cuda" else 0)
+
+    def used(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(total - free) - self.before
+
+    def measure_context(self) -> None:
+        """What the driver and the libraries loaded so far hold outside PyTorch's allocator."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.context = max(self.context, self.used() - torch.cuda.memory_reserved(self.device))
+
+    def hold_to(self, cap_gib: float | None, beside: int) -> None:
+        if self.device.type != "cuda":
+            return
+        total = torch.cuda.mem_get_info(self.device)[1]
+        allowed = total if cap_gib is None else int(cap_gib * GIB) - self.context - LIBRARIES_BYTES - beside
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), self.device)
+
+    def watch(self) -> threading.Thread:
+        """Sample the driver's number, for peaks that the allocator does not see."""
+        self._stop.clear()
+        self.peak = 0
+
+        def sample() -> None:
+            while not self._stop.wait(0.03):
+                self.peak = max(self.peak, self.used())
+
+        thread = threading.Thread(target=sample, daemon=True)
+        if self.device.type == "cuda":
+            thread.start()
+        return thread
+
+    def watched(self, thread: threading.Thread) -> int:
+        self._stop.set()
+        if thread.is_alive():
+            thread.join()
+        return self.peak
+
+
+def _used_by_driver() -> int:
+    """Asked of the driver's tool, because asking CUDA would make a context."""
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[0]) * 1024**2
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return 0
+
+
+def job_of(model: RandomModel, case: Case, lengths: Path | None) -> TrainJob:
+    vocabulary = model.program.embedding_VD.shape[0]
+    examples, rows, accumulation = examples_of(case.batch, STEPS, vocabulary, lengths)
+    words = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={accumulation}", "method=qlora"]
+    fixed = ["save_strategy=no", "eval_strategy=no", "learning_rate=1e-5", "shuffle=false", f"max_steps={STEPS}"]
+    return TrainJob(
+        model=model.model,
+        method=METHODS["qlora"],
+        recipe=read_recipe(None, [*words, *fixed], {}),
+        train_examples=examples,
+        place_of=lambda index: f"row {index + 1}",
+        eval_examples=[],
+        processes=Processes(0, 1, model.loaded.device),
+        output=Path(tempfile.mkdtemp()),
+        autocast_dtype=torch.bfloat16 if model.loaded.device.type == "cuda" else None,
+        enable_checkpointing=lambda: None,
+        checkpointing=True,
+        identity={},
+        resume_command="",
+    )
+
+
+def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention) -> StepPath:
+    """The streamed path, as `streamed_path` builds it, with slabs that are there; or the engine with all of them."""
+    device, program, layers = model.loaded.device, model.program, len(model.program.layers)
+    step_tokens, longest = largest_step(job.order, job.lengths, 1), max(job.lengths)
+    later = later_bytes("paged_adamw_8bit", trainable_parameters(model.model))
+    if case.resident:
+        model.streaming(range(layers), SLOTS, lane_to(device))
+        room = Room(program, device, step_tokens, longest, later)
+        return EnginePath(program, device, attention, room, Keep.INPUT, Keep.INPUT, Keep.INPUT, step_tokens)
+    demand = Demand(step_tokens, longest, later, model.layout.bytes, 2 if device.type == "cpu" else None)
+    chosen = choose_offload(program.sizes, free_bytes(device), demand)
+    shelf: DeviceShelf | HostShelf = DeviceShelf()
+    if chosen.inputs_on_host:
+        dtype, width = model.loaded.base_dtype, program.sizes.width
+        shelf = HostShelf.of(layers, step_tokens, width, dtype, device)
+    streaming = model.streaming(spread(chosen.resident, layers), SLOTS, lane_to(device))
+    hosted = Hosted(_Given(model), device, print)
+    return StreamedPath(program, streaming, hosted, shelf, device, attention, chosen, longest)
+
+
+@dataclass
+class _Given:
+    """Slabs for a path that steps down."""
+
+    model: RandomModel
+
+    @property
+    def layouts(self) -> list[Any]:
+        return [self.model.layout] * len(self.model.program.layers)
+
+    def tables(self, device: torch.device) -> Any:
+        return self.model.tables
+
+    def read(self, index: int, slab: torch.Tensor, say: Any) -> None:
+        slab.copy_(self.model.slabs[index])
+
+
+def clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def measure(model: RandomModel, case: Case, card: Card, attention: Attention, lengths: Path | None) -> dict[str, Any]:
+    device, cuda = card.device, card.device.type == "cuda"
+    job = job_of(model, case, lengths)
+    states = 2 * trainable_parameters(model.model)  # paged, in managed memory beside the allocator
+    for stack in (stack for layer in model.program.layers for stack in layer.stacks):
+        stack.packed = []
+    clear(device)
+    card.hold_to(case.cap_gib, states)
+    thread, collector = card.watch(), Collector(stop_when_out_of_memory=False)
+    row: dict[str, Any] = {"stage": "steps", "model": case.model, "batch": case.batch, "cap_gib": case.cap_gib,
+                           "resident_engine": case.resident}  # fmt: skip
+    path = path_of(model, job, case, attention)
+    offload = path.offload if isinstance(path, StreamedPath) else None
+    job = replace(job, path=path)
+    with job.product_types():
+        train(job, Observers([collector]), StopRequest())
+    row |= summary(collector, offload, path)
+    row |= {
+        "slab_bytes": model.layout.bytes,
+        "trained": trainable_parameters(model.model),
+        "driver_peak_gib": round(card.watched(thread) / GIB, 2),  # paged states of earlier cases are never given back
+        "peak_gib": round((card.context + states + torch.cuda.max_memory_reserved(device)) / GIB, 2) if cuda else 0.0,
+        "reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2) if cuda else None,
+        "allocated_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2) if cuda else None,
+        "context_gib": round(card.context / GIB, 2),
+        "states_gib": round(states / GIB, 2),
+    }
+    shelf = getattr(path, "shelf", None)
+    if isinstance(shelf, HostShelf):
+        shelf.block.release()
+    return row
+
+
+def summary(collector: Collector, offload: Offload | None, path: StepPath) -> dict[str, Any]:
+    """Medians of the steps after the second; what the GPU computed is the step without its waits for copies."""
+    timed = collector.metrics[2:]
+    middle = sorted(timed, key=lambda metrics: metrics.step_s)[len(timed) // 2]
+    now = path.offload if isinstance(path, StreamedPath) else None
+    return {
+        "tokens_per_s": round(sum(m.tokens for m in timed) / sum(m.step_s for m in timed)),
+        "tokens": middle.tokens,
+        "step_s": round(middle.step_s, 4),
+        "steps_s": [round(metrics.step_s, 3) for metrics in collector.metrics],
+        "copy_s": middle.copy_s,
+        "waited_s": middle.waited_s,
+        "compute_s": None if middle.waited_s is None else round(middle.step_s - middle.waited_s, 4),
+        "losses": [round(metrics.loss, 4) for metrics in collector.metrics],
+        "offload": None if offload is None else offload.words,
+        "resident": None if offload is None else offload.resident,
+        "most_tokens": None if offload is None else offload.most_tokens,
+        "inputs_on_host": None if offload is None else offload.inputs_on_host,
+        "stepped_down": offload != now,
+        "events": collector.events,
+    }
+
+
+def run_stage(
+    name: str, card: Card, attention: Attention, lengths: Path | None, keep: Any, ends: float
+) -> list[dict[str, Any]]:
+    """All cases of one model. Its slabs stay in host memory from the first to the last."""
+    device, process = card.device, psutil.Process()
+    started, cases = time.perf_counter(), CASES[name]
+    before = process.memory_info().rss
+    model = make_model(name, device, 4096)
+    shell_s, shell = time.perf_counter() - started, process.memory_info().rss
+    make_slabs(model, print)
+    clear(device)
+    slabs = model.layout.bytes * len(model.program.layers)
+    host = {
+        "stage": "host",
+        "model": name,
+        "slabs_gib": round(slabs / GIB, 2),
+        "resident_set_over_slabs": round((process.memory_info().rss - shell) / slabs - 1, 4),
+        "with_embedding_and_shell_over_slabs": round((process.memory_info().rss - before) / slabs - 1, 4),
+        "shell_s": round(shell_s, 1),
+        "built_s": round(time.perf_counter() - started, 1),
+    }
+    keep(host)
+    rows = [host]
+    for case in cases:
+        if time.perf_counter() + case.seconds > ends:
+            rows.append({"stage": "steps", "model": name, "batch": case.batch, "cap_gib": case.cap_gib,
+                         "status": "left out: no time"})  # fmt: skip
+            continue
+        try:
+            row = measure(model, case, card, attention, lengths)
+        except Exception as error:  # one that does not fit must not take the others with it
+            traceback.print_exc()
+            row = {"stage": "steps", "model": name, "batch": case.batch, "cap_gib": case.cap_gib,
+                   "resident_engine": case.resident, "status": f"{type(error).__name__}: {error}"[:300]}  # fmt: skip
+        keep(row)
+        rows.append(row)
+    card.hold_to(None, 0)
+    model.release()
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["", f"{'model':6}{'batch':8}{'cap':>5}{'tok/s':>8}{'step s':>8}{'copy s':>8}{'waited':>8}{'stay':>6}"
+             f"{'peak':>7}{'share':>7}"]  # fmt: skip
+    base = {(row["model"], row["batch"]): row["tokens_per_s"] for row in rows if row.get("resident_engine")
+            and "tokens_per_s" in row}  # fmt: skip
+    for row in (row for row in rows if row["stage"] == "steps"):
+        if "tokens_per_s" not in row:
+            lines.append(f"{row['model']:6}{row['batch']:8}{row['cap_gib'] or '-':>5} {row['status']}")
+            continue
+        whole = base.get((row["model"], row["batch"]))
+        share = f"{row['tokens_per_s'] / whole:.1%}" if whole else ""
+        copied, waited = (f"{row[key]:.3f}" if row[key] is not None else "-" for key in ("copy_s", "waited_s"))
+        stay = "all" if row["resident"] is None else row["resident"]
+        lines.append(f"{row['model']:6}{row['batch']:8}{row['cap_gib'] or '-':>5}{row['tokens_per_s']:>8,}"
+                     f"{row['step_s']:>8.3f}{copied:>8}{waited:>8}{stay:>6}{row['peak_gib']:>7}{share:>7}")  # fmt: skip
+    wrong = [row for row in rows if row["stage"] == "equality" and not row["as_it_must_be"]]
+    checked = sum(row["stage"] == "equality" for row in rows)
+    lines.append(f"equality: {checked - len(wrong)} of {checked} as they must be")
+    for row in (row for row in rows if row["stage"] == "host"):
+        over, with_rest = row["resident_set_over_slabs"], row["with_embedding_and_shell_over_slabs"]
+        lines.append(f"host memory of {row['model']}: {row['slabs_gib']} GiB of slabs, {over:+.2%} over that "
+                     f"({with_rest:+.2%} with the embedding and all else)")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--lengths", type=Path)
+    parser.add_argument("--deadline-s", type=float, default=1e9)
+    parser.add_argument("--stages", default="equality,70B,123B,8B")
+    parser.add_argument("--tiny", action="store_true", help="try the script itself, anywhere")
+    arguments = parser.parse_args()
+    ends = time.perf_counter() + arguments.deadline_s
+    quiet_libraries()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    card, attention = Card.untouched(device), choose_attention(device)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    facts = {"hardware": hardware(device), "versions": versions()}
+
+    def keep(row: dict[str, Any]) -> None:
+        with (arguments.results / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(row | facts) + "\n")
+        shown = {key: value for key, value in row.items() if key not in ("events", "losses")}
+        print(json.dumps(shown), flush=True)
+
+    rows = run_stage("tiny", card, attention, arguments.lengths, keep, ends)  # loads every library
+    clear(device)
+    card.measure_context()
+    for stage in ["equality"] if arguments.tiny else arguments.stages.split(","):
+        started = time.perf_counter()
+        if stage == "equality":
+            found = check_all(["tiny"] if arguments.tiny else ["8B", "70B", "123B"], device, print)
+            (arguments.results / "equality.jsonl").write_text("".join(json.dumps(row | facts) + "\n" for row in found))
+            rows += found
+        else:
+            rows += run_stage(stage, card, attention, arguments.lengths, keep, ends)
+        clear(device)
+        print(f"{stage}: {time.perf_counter() - started:.0f} s", flush=True)
+    print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
