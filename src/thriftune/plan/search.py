@@ -13,6 +13,7 @@ from thriftune.plan.engine import engine_case, engine_choice, least_choice, why_
 from thriftune.plan.engine_memory import engine_memory
 from thriftune.plan.engine_time import engine_time
 from thriftune.plan.memory import memory_of, setup_of
+from thriftune.plan.offload import Streamed, streamed
 from thriftune.plan.time import time_of
 from thriftune.plan.values import Memory, Path, Time, Timed, Work
 from thriftune.plan.work import Rows, work_of
@@ -93,6 +94,7 @@ class Candidate:
     time: Time | None
     choice: Choice | None = None
     least_bytes: int | None = None
+    streamed: Streamed | None = None
 
     @property
     def path(self) -> Path:
@@ -120,7 +122,7 @@ class Candidate:
                 "tokens_at_once": self.choice.most_tokens,
                 "layers_unpacked": self.choice.held,
             }
-        return found
+        return found | (self.streamed.settings if self.streamed is not None else {})
 
 
 Stopwatch = Callable[[str, Candidate], Timed]  # times a method, by name, with these settings
@@ -178,10 +180,22 @@ def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter)
         least_bytes = smallest.peak_bytes
         if taken.peak_bytes > device.usable_bytes:
             chosen, taken = least, smallest
+    if _streams(case.recipe, method, device, taken.peak_bytes):
+        way = streamed(engine, case.recipe, work, device.usable_bytes)
+        accumulation = case.rows_a_step // rows_at_once
+        return Candidate(rows_at_once, accumulation, True, work, way.memory, way.time, way.choice, way.least_bytes, way)
     time = engine_time(engine, chosen, work, gpu, device.count) if gpu is not None else None
     recomputes = chosen.keep > Keep.ALL
     accumulation = case.rows_a_step // rows_at_once
     return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, chosen, least_bytes)
+
+
+def _streams(recipe: Recipe, method: str, device: Device, peak_bytes: int) -> bool:
+    """Whether layers are streamed: where the recipe says how many stay, and on a GPU that does not hold them all."""
+    if method != "qlora" or recipe.offload == "off" or device.count > 1:
+        return False
+    too_much = device.gpu is not None and peak_bytes > device.usable_bytes
+    return recipe.resident_layers is not None or too_much
 
 
 def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:

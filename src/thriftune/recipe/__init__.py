@@ -1,5 +1,6 @@
 """The typed recipe of a run: schema and defaults (`schema.py`), and how it is read and written (`read.py`)."""
 
+from thriftune.recipe.nearest import did_you_mean
 from thriftune.recipe.read import dump_yaml, option_place, read_recipe
 from thriftune.recipe.schema import (
     DataRecipe,
@@ -10,7 +11,6 @@ from thriftune.recipe.schema import (
     QuantRecipe,
     Recipe,
     TrainRecipe,
-    did_you_mean,
 )
 
 __all__ = [

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.errors import InputError
-from thriftune.recipe.schema import Recipe, did_you_mean, known_places, shown
+from thriftune.recipe.nearest import did_you_mean
+from thriftune.recipe.schema import Recipe, known_places, shown
 from thriftune.recipe.strict_yaml import MAX_CHARACTERS, parse_yaml, write_yaml
 
 # Names of axolotl, LLaMA-Factory, TRL and transformers -> where the option lives here.

@@ -7,14 +7,14 @@ accepted too (see `read.py`). Unknown keys are refused, and all problems are rep
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from thriftune.errors import RecipeError
+from thriftune.recipe.nearest import did_you_mean
+from thriftune.units import parse_bytes
 
 MethodName = Literal["auto", "lora", "qlora", "full"]
 Positive = Annotated[int, Field(gt=0)]
@@ -234,6 +234,14 @@ class Recipe(Section):
         "auto",
         description="auto: the explicit forward and backward pass where it knows the model; off: autograd",
     )
+    offload: Literal["auto", "off"] | dict[str, int] = Field(
+        "auto",
+        description="streams qlora's 4-bit layers from host memory. auto: those that do not fit; off: none; "
+        "{resident_layers: N}: all but N",
+    )
+    max_memory: str | None = Field(
+        None, description="GPU memory that a run may take, all in, such as 24GiB; null: all that is free"
+    )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that get the step metrics too; none"
     )
@@ -252,6 +260,23 @@ class Recipe(Section):
         if reports is None or isinstance(reports, str):
             values["report_to"] = [] if reports in (None, "none") else _comma_list(reports)
         return values
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _offload_words(cls, value: Any) -> Any:
+        if value in ("auto", "off"):
+            return value
+        layers = value.get("resident_layers") if isinstance(value, dict) and len(value) == 1 else None
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
+            raise ValueError("expects auto, off or {resident_layers: N} with N from 0")
+        return value
+
+    @field_validator("max_memory")
+    @classmethod
+    def _memory_words(cls, value: str | None) -> str | None:
+        if value is not None and parse_bytes(value) < 1:
+            raise ValueError("expects more than no memory")
+        return value
 
     @classmethod
     def build(cls, values: dict[str, Any], source: str, found: list[str] | None = None) -> Recipe:
@@ -290,7 +315,21 @@ class Recipe(Section):
                 problems.append("train.load_best_model_at_end needs train.save_strategy steps or epoch, got no")
         if self.method == "full" and self.lora != LoraRecipe():
             problems.append("lora.* options have no effect with method full; drop them or use method lora or qlora")
+        if isinstance(self.offload, dict):
+            if self.method != "qlora":
+                problems.append(f"offload streams 4-bit layers and method is {self.method}; use method qlora")
+            if self.engine == "off":
+                problems.append("offload.resident_layers needs the engine, and engine is off; drop one of them")
         return problems
+
+    @property
+    def resident_layers(self) -> int | None:
+        """Layers that the recipe wants to stay on the GPU while the others are streamed; None: it does not say."""
+        return self.offload["resident_layers"] if isinstance(self.offload, dict) else None
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
 
     @property
     def has_eval_rows(self) -> bool:
@@ -353,13 +392,3 @@ def known_places() -> list[str]:
         else:
             places.append(name)
     return places
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' with the nearest of the known names, matched by their last part; '' when none is near."""
-    by_leaf: dict[str, str] = {}
-    for name in known:
-        by_leaf.setdefault(name.split(".")[-1].lower(), name)
-        by_leaf.setdefault(name.lower(), name)
-    near = difflib.get_close_matches(word.lower(), list(by_leaf), n=1, cutoff=0.6)
-    return f" (did you mean {by_leaf[near[0]]}?)" if near else ""

@@ -1,0 +1,132 @@
+"""How a run's base is loaded and what computes its gradients: whole, or as a shell whose layers are streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from thriftune.data import largest_step
+from thriftune.engine.choose import engine_path, streaming_path, why_not_here
+from thriftune.engine.offload import Demand
+from thriftune.engine.sizes import later_bytes
+from thriftune.engine.takes import why_not_adapter, why_not_method
+from thriftune.errors import InputError, ModelError
+from thriftune.methods import trainable_parameters
+from thriftune.models import LoadedModel, load_model
+from thriftune.models.load import ModelDescription
+from thriftune.models.shell import load_shell
+from thriftune.models.store import Store
+from thriftune.recipe import Recipe
+from thriftune.train import TrainJob
+from thriftune.units import format_bytes
+
+OUTSIDE_BYTES = 600 * 1024**2  # the driver's context and libraries, as the planner counts them for the newest GPUs
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Base:
+    """`store` holds the layers' slabs where they are streamed."""
+
+    loaded: LoadedModel
+    store: Store | None
+
+
+def load_base(
+    recipe: Recipe,
+    description: ModelDescription,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    four_bit: bool,
+    streams: bool,
+    world: int,
+    say: Say,
+) -> Base:
+    """The model, or, where its layers are streamed, its shell and the store, which is made when it is not there.
+
+    Raises InputError where streaming cannot be, besides what loading raises.
+    """
+    if not streams:
+        quant = recipe.quant if four_bit else None
+        return Base(load_model(recipe.model, device=device, dtype=dtype, quant=quant), None)
+    if world > 1:
+        raise InputError(
+            given=f"streamed layers and {world} processes",
+            allowed="one process; several would each stream the whole model over the same memory",
+            do="run it on one GPU, or with offload=off on GPUs that hold the model",
+        )
+    reason = why_not_method(recipe, recipe.method) or why_not_adapter(recipe.lora, biases=False)
+    if reason is not None:  # what only the loaded model can tell is asked by `with_path`
+        raise _not_taken(reason)
+    store = Store.of(description.folder, description.num_layers, recipe.quant, dtype, device)
+    store.make(say)
+    return Base(load_shell(recipe.model, device=device, dtype=dtype, quant=recipe.quant), store)
+
+
+def hold_memory(device: torch.device, recipe: Recipe, beside_bytes: int) -> None:
+    """Hold PyTorch's allocator to what `max_memory` leaves beside the driver's context and `beside_bytes`, which lie
+    outside it. Raises InputError on a CPU, whose memory nothing holds."""
+    cap = recipe.max_memory_bytes
+    if cap is None:
+        return
+    if device.type != "cuda":
+        raise InputError(
+            given=f"max_memory={recipe.max_memory} on {device}",
+            allowed="max_memory on a GPU",
+            do="leave it out; the system's own limits (ulimit, a container's) hold a process on a CPU",
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = min(total, cap - OUTSIDE_BYTES - beside_bytes)
+    if allowed <= 0:
+        raise InputError(
+            given=f"max_memory={recipe.max_memory}, of which {format_bytes(OUTSIDE_BYTES + beside_bytes)} go to the "
+            "driver's context and paged optimizer states",
+            allowed="more than these take",
+            do="raise max_memory",
+        )
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+
+
+def paged_bytes(recipe: Recipe, trained: int) -> int:
+    """States of a paged optimizer, which lie in managed memory beside PyTorch's allocator."""
+    in_managed = {"auto": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
+    return in_managed.get(recipe.train.optim, 0) * trained if recipe.method == "qlora" else 0
+
+
+def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, str]:
+    """The job with the engine as its path, or as it is; and why. Raises ModelError where layers are to be streamed and
+    the engine does not take the model: nothing else can."""
+    device, recipe = job.processes.device, job.recipe
+    reason = why_not_here(job.model, recipe, device)
+    if reason is not None and store is not None:
+        raise _not_taken(reason)
+    if reason is not None:
+        return job, f"autograd through transformers' model: {reason}"
+    lengths = [*job.lengths, *map(len, job.eval_examples)]
+    step_tokens = largest_step(job.order, job.lengths, job.processes.world)
+    later = later_bytes(recipe.train.optim, trainable_parameters(job.model))
+    if store is None:
+        path: Any = engine_path(job.model, device, lengths, step_tokens, later, recipe.train.gradient_checkpointing)
+        how = ""
+    else:
+        largest = max(layout.bytes for layout in store.layouts)
+        demand = Demand(step_tokens, max(lengths), later, largest, recipe.resident_layers)
+        path = streaming_path(job.model, store, device, demand, say)
+        how = f"; {path.offload.words}"
+    return (
+        replace(job, path=path),
+        f"explicit forward and backward pass; attention: {path.attention.name}{how}",
+    )
+
+
+def _not_taken(reason: str) -> ModelError:
+    return ModelError(
+        given=f"layers are to be streamed, and the engine does not take this run: {reason}",
+        allowed="models and options that the engine takes",
+        do="change that option, or use offload=off on a GPU that holds the model",
+    )
