@@ -162,6 +162,21 @@ class Plan(Record):
     notes: list[str] = Field(default_factory=list)
 
 
+class OffloadRecord(Record):
+    """How a run whose layers were streamed held them, and the medians of its steps in seconds: of copies to the GPU,
+    of waiting for them (what was not hidden), of all else, and of the whole step. On a CPU copies are not timed."""
+
+    resident_layers: int
+    layers: int
+    inputs_on_host: bool
+    host_bytes: int = Field(description="pinned host memory")
+    copied_bytes_per_step: int
+    copy_s: float
+    waited_s: float
+    compute_s: float
+    step_s: float
+
+
 class RunRecord(Record):
     """A run: what was asked, what happened, on what, with which versions."""
 
@@ -190,6 +205,7 @@ class RunRecord(Record):
     data: DataAudit | None = None
     plan: PlannedMethod | None = Field(None, description="what the planner expected; the measurements stand beside it")
     reserved_bytes: int = 0
+    offload: OffloadRecord | None = Field(None, description="of a run whose layers were streamed")
     recipe: Recipe
     hardware: dict[str, Any]
     versions: dict[str, str]

@@ -31,7 +31,7 @@ from thriftune.plan.work import Rows
 from thriftune.planning import RunPlan, cpu_device, own_gpu, plan_run, refuse_other_plans, refuse_too_long, unknown_gpu
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import RunRecord, write_record, write_text_atomically
-from thriftune.run_path import hold_memory, load_base, paged_bytes, with_path
+from thriftune.run_path import hold_memory, load_base, offload_record, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
 from thriftune.train.checkpoint import is_disk_full, last_good, newest_checkpoint
 from thriftune.train.distributed import Processes
@@ -199,6 +199,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             data=prepared.data.audit,
             plan=prepared.planned.chosen,
             reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+            offload=offload_record(job.path, output / "metrics.jsonl"),
             recipe=recipe,
             hardware=hardware(device),
             versions=versions(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from thriftune.data import largest_step
 from thriftune.engine.choose import engine_path, streaming_path, why_not_here
 from thriftune.engine.offload import Demand
 from thriftune.engine.sizes import later_bytes
+from thriftune.engine.streamed_path import StreamedPath
 from thriftune.engine.takes import why_not_adapter, why_not_method
 from thriftune.errors import InputError, ModelError
 from thriftune.methods import trainable_parameters
@@ -20,7 +23,9 @@ from thriftune.models.load import ModelDescription
 from thriftune.models.shell import load_shell
 from thriftune.models.store import Store
 from thriftune.recipe import Recipe
+from thriftune.records import OffloadRecord, StepMetrics
 from thriftune.train import TrainJob
+from thriftune.train.observe import read_metrics
 from thriftune.units import format_bytes
 
 OUTSIDE_BYTES = 600 * 1024**2  # the driver's context and libraries, as the planner counts them for the newest GPUs
@@ -121,6 +126,29 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
     return (
         replace(job, path=path),
         f"explicit forward and backward pass; attention: {path.attention.name}{how}",
+    )
+
+
+def offload_record(path: Any, metrics: Path) -> OffloadRecord | None:
+    """What a record says of a run whose layers were streamed, from its steps but the first; None of another."""
+    if not isinstance(path, StreamedPath):
+        return None
+    steps = read_metrics(metrics)
+    steps = steps[1:] or steps
+
+    def middle(value: Callable[[StepMetrics], float]) -> float:
+        return statistics.median(map(value, steps)) if steps else 0.0
+
+    return OffloadRecord(
+        resident_layers=path.offload.resident,
+        layers=path.offload.layers,
+        inputs_on_host=path.offload.inputs_on_host,
+        host_bytes=path.host_bytes,
+        copied_bytes_per_step=path.spent.bytes,
+        copy_s=middle(lambda step: step.copy_s or 0.0),
+        waited_s=middle(lambda step: step.waited_s or 0.0),
+        compute_s=middle(lambda step: step.step_s - (step.waited_s or 0.0)),
+        step_s=middle(lambda step: step.step_s),
     )
 
 

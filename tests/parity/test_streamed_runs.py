@@ -70,6 +70,14 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(model, rows, tmp_path, r
     for name, tensor in adapter_of(tmp_path / "whole").items():
         assert torch.equal(adapter_of(tmp_path / "streamed")[name], tensor), name
     assert all(metrics.copy_s is not None for metrics in metrics_of(tmp_path / "streamed"))
+    told = record.offload
+    assert told is not None and (told.resident_layers, told.layers) == (resident, 5)
+    slabs = Store.of(model, 5, record.recipe.quant, torch.float32, torch.device("cpu")).layouts
+    assert told.host_bytes == sum(layout.bytes for layout in slabs[resident:])
+    assert told.compute_s + told.waited_s == pytest.approx(told.step_s, rel=0.01)
+    if resident == 0:  # each layer twice a step, but the two that turn and the two that the next step finds
+        assert told.copied_bytes_per_step == slabs[0].bytes * (2 * 5 - 4)
+    assert record_of(tmp_path / "whole").offload is None
 
 
 def test_the_second_start_quantises_nothing(model, rows, tmp_path, monkeypatch) -> None:

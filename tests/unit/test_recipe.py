@@ -33,6 +33,8 @@ from thriftune.recipe.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml, 
 OTHER_VALUES: dict[str, Any] = {
     "method": "qlora",
     "engine": "off",
+    "offload": "off",
+    "max_memory": "24GiB",
     "model.name": "org/model",
     "model.revision": "abc",
     "model.trust_remote_code": True,

@@ -69,10 +69,9 @@ class Hosted:
         block.release()
         return found
 
-    def release(self) -> None:
-        for block in self.blocks.values():
-            block.release()
-        self.blocks.clear()
+    @property
+    def bytes(self) -> int:
+        return sum(block.bytes.numel() for block in self.blocks.values())
 
 
 def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int) -> Streaming:

@@ -59,6 +59,8 @@ class Streaming:
         assert self.resident.keys() | self.streamed.keys() == set(range(len(self.layers)))
         for index, slab in self.resident.items():
             self._give(index, self.layouts[index].views(slab, self.tables))
+        for slot in self.slots:  # its memory may be what computation that is still queued works with
+            slot.free = self.lane.mark()
 
     def begin(self, visits: Sequence[int]) -> None:
         """A pass over the layers in this order begins; one that was broken off is forgotten."""

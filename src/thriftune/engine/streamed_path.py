@@ -89,6 +89,12 @@ class StreamedPath:
     def measured(self) -> dict[str, float]:
         return {"copy_s": self.spent.copy_s, "waited_s": self.spent.waited_s}
 
+    @property
+    def host_bytes(self) -> int:
+        """Pinned memory of the host."""
+        of_shelf = self.shelf.block.bytes.numel() if isinstance(self.shelf, HostShelf) else 0
+        return self.hosted.bytes + of_shelf
+
     def _parts(self, examples: Sequence[Example]) -> list[PackedBatch]:
         self.program.copy_masters()
         return [pack(group, self.device) for group in cut_by_tokens(examples, self.offload.most_tokens)]
