@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from streamed_models import ALL, CPU, Pair, examples, gradients, make_pair
-from thriftune.engine import by_layer
+from thriftune.engine import by_layer, host_memory, hosted
 from thriftune.engine.attention import ReferenceAttention
+from thriftune.engine.disk import DiskReader
 from thriftune.engine.host_memory import PinnedBlock
 from thriftune.engine.lanes import HostLane
 from thriftune.engine.packing import cut_by_tokens, pack
-from thriftune.engine.residency import Streaming, spread
+from thriftune.engine.residency import Streaming, sends, spread
 from thriftune.engine.shelf import DeviceShelf, HostShelf, Shelf
 from thriftune.engine.sizes import Keep
 from thriftune.errors import ModelError
@@ -50,11 +51,15 @@ class LateLane(HostLane):
 
     def send(self, source: Tensor, place: Tensor, free: Any) -> Any:
         place.view(torch.uint8).fill_(0xFF)
-        return (source, place)
+        return [source, place]
 
     def wait(self, arrival: Any) -> None:
-        source, place = arrival
-        super().send(source, place, None)
+        if arrival:
+            super().send(*arrival, None)
+            arrival.clear()
+
+    def settle(self, arrival: Any) -> None:
+        self.wait(arrival)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,66 @@ def test_the_shelf_waits_for_what_leaves_before_it_lets_go_of_it(pair) -> None:
     shelf.leaving, shelf.coming = LateLane(), LateLane()
     _, found = by_streamed(pair, 30, shelf=shelf)
     assert not all(torch.equal(found[name], gradient) for name, gradient in by_resident(pair, 30)[1].items())
+
+
+@pytest.mark.parametrize("lane", [EarlyLane, LateLane])
+@pytest.mark.parametrize("held", [0, 1])
+def test_layers_that_are_read_from_the_disk(pair, lane, held, monkeypatch) -> None:
+    slab = pair.slabs.layouts[0].bytes
+    monkeypatch.setattr(hosted, "available_bytes", lambda: hosted.LEFT_FOR_THE_SYSTEM + (held + hosted.STAGED) * slab)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 10**12)
+    program, streaming = pair.streamed((2,))
+    assert streaming.disk is not None and len(streaming.streamed) == held
+    streaming.lane = streaming.disk.lane = lane()
+    wanted = by_resident(pair, 30)
+    for _ in range(3):  # the first pass finds nothing read, later ones what was left over
+        assert_equal(run(pair, program, streaming, 30, DeviceShelf()), wanted)
+
+
+def test_a_disk_that_fails_ends_the_pass_with_its_own_error() -> None:
+    def fails(index: int, slab: Tensor) -> None:
+        raise OSError("input/output error")
+
+    reader = DiskReader(fails, [64], [torch.empty(64, dtype=torch.uint8)], HostLane())
+    reader.announce([0])
+    with pytest.raises(OSError, match="input/output error"):
+        reader.take(0, wait=True)
+
+
+def test_a_slab_from_the_disk_is_not_overwritten_before_its_copy_was_made() -> None:
+    """One block, two layers, copies that are made late: the second is read only when the first has been copied."""
+    lane = LateLane()
+    reader = DiskReader(lambda index, slab: slab.fill_(index + 1), [8, 8], [torch.zeros(8, dtype=torch.uint8)], lane)
+    reader.announce([0, 1])
+    places = [torch.zeros(8, dtype=torch.uint8) for _ in range(2)]
+    for index, place in enumerate(places):
+        slab = reader.take(index, wait=True)
+        assert slab is not None
+        reader.sent(index, lane.send(slab, place, None))
+    assert places[0].tolist() == [1] * 8
+
+
+def test_what_was_not_announced_is_read_all_the_same() -> None:
+    blocks = [torch.zeros(8, dtype=torch.uint8) for _ in range(2)]
+    reader = DiskReader(lambda index, slab: slab.fill_(index), [8] * 5, blocks, HostLane())
+    reader.announce([0, 1, 2])
+    for index in (3, 2, 4):
+        slab = reader.take(index, wait=True)
+        assert slab is not None and slab.tolist() == [index] * 8
+        reader.sent(index, None)
+
+
+def test_the_order_of_copies_is_foreseen(pair) -> None:
+    visits = [*range(6), *reversed(range(6))]
+    for slots in (1, 2, 3):
+        program, streaming = pair.streamed((), slots)
+        for _ in range(2):
+            lane = EarlyLane()
+            streaming.lane = lane
+            number_of = {slab.data_ptr(): index for index, slab in streaming.streamed.items()}
+            foreseen = sends(visits, [slot.owner for slot in streaming.slots])
+            run(pair, program, streaming, 100, DeviceShelf())
+            assert [number_of[source] for source in lane.sent] == foreseen
 
 
 def test_one_step_after_another_with_changed_adapters(pair) -> None:

@@ -1,4 +1,5 @@
-"""A program's slabs brought from where they are kept to where they stay: host memory, pinned, or the device."""
+"""A program's slabs brought from the store to where they stay: the device, pinned host memory, or, where that does not
+hold them all, the disk that they are read from in every pass."""
 
 from __future__ import annotations
 
@@ -11,13 +12,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thriftune.engine.host_memory import PinnedBlock, check_host_memory, pinned_block
-from thriftune.engine.lanes import lane_to
+from thriftune.engine.disk import DiskReader
+from thriftune.engine.host_memory import (
+    LEFT_FOR_THE_SYSTEM,
+    PinnedBlock,
+    available_bytes,
+    check_host_memory,
+    pinned_block,
+)
+from thriftune.engine.lanes import Lane, lane_to
 from thriftune.engine.program import Program
-from thriftune.engine.residency import Streaming, new_slots
+from thriftune.engine.residency import Streaming, new_slots, spread
 from thriftune.kernels.slab import SlabLayout, Tables
 
 READERS = 8  # threads that read and check slabs, at most
+STAGED = 3  # blocks that layers from the disk are read into: one is copied, one is ready, one is read
 
 Say = Callable[[str], None]
 
@@ -31,7 +40,11 @@ class Slabs(Protocol):
     def tables(self, device: torch.device) -> Tables: ...
 
     def read(self, index: int, slab: Tensor, say: Say) -> None:
-        """Fill `slab`, in host memory. May be called from several threads, for different layers."""
+        """Fill `slab`, in host memory, checked. May be called from several threads, for different layers."""
+        ...
+
+    def read_again(self, index: int, slab: Tensor) -> None:
+        """The same, unchecked."""
         ...
 
 
@@ -43,6 +56,41 @@ class Hosted:
     device: torch.device
     say: Say
     blocks: dict[int, PinnedBlock] = field(default_factory=dict)
+    staging: list[PinnedBlock] = field(default_factory=list)
+
+    def split(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+        """These layers as host memory holds them, and those that are left to the disk, spread between them."""
+        available = available_bytes()
+        slab = max((self.slabs.layouts[index].bytes for index in indices), default=0)
+        if available is None or len(indices) * slab <= available - LEFT_FOR_THE_SYSTEM:
+            return list(indices), []
+        held = max(0, (available - LEFT_FOR_THE_SYSTEM) // slab - STAGED)
+        in_memory = [indices[place] for place in spread(held, len(indices))]
+        on_disk = [index for index in indices if index not in set(in_memory)]
+        self.say(
+            f"offload: host memory holds {held} of {len(indices)} streamed layers; {len(on_disk)} are read from the "
+            "disk in every pass, which is far slower"
+        )
+        return in_memory, on_disk
+
+    def reader(self, indices: Sequence[int], lane: Lane) -> DiskReader | None:
+        """What reads these layers from the disk, where there are any."""
+        if not indices:
+            return None
+        sizes = [layout.bytes for layout in self.slabs.layouts]
+        largest, what = max(sizes[index] for index in indices), f"{STAGED} blocks for layers read from the disk"
+        check_host_memory(STAGED * largest, what)
+        self.staging = [pinned_block(largest, self.device, what) for _ in range(STAGED)]
+        checked: set[int] = set()
+
+        def read(index: int, slab: Tensor) -> None:
+            if index in checked:
+                self.slabs.read_again(index, slab)
+            else:
+                self.slabs.read(index, slab, self.say)
+                checked.add(index)
+
+        return DiskReader(read, sizes, [block.bytes for block in self.staging], lane)
 
     def take(self, indices: Sequence[int]) -> dict[int, Tensor]:
         """The slabs of these layers in pinned memory. All of it is taken before anything is read."""
@@ -71,17 +119,19 @@ class Hosted:
 
     @property
     def bytes(self) -> int:
-        return sum(block.bytes.numel() for block in self.blocks.values())
+        return sum(block.bytes.numel() for block in [*self.blocks.values(), *self.staging])
 
 
 def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int) -> Streaming:
     """Have `program` run with only these of its layers on the device, the others streamed through so many slots.
 
-    Raises DoesNotFitError when host memory does not hold the others.
+    Raises DoesNotFitError when host memory is too short even to read them from the disk.
     """
     others = [index for index in range(len(program.layers)) if index not in set(resident)]
-    layouts = hosted.slabs.layouts
-    streamed = hosted.take(others)
+    layouts, lane = hosted.slabs.layouts, lane_to(hosted.device)
+    in_memory, on_disk = hosted.split(others)
+    disk = hosted.reader(on_disk, lane)
+    streamed = hosted.take(in_memory)
     return Streaming(
         layers=program.layers,
         layouts=layouts,
@@ -89,5 +139,6 @@ def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int
         resident=hosted.put_on_device(resident),
         streamed=streamed,
         slots=new_slots(slots, [layouts[index] for index in others], hosted.device) if others else [],
-        lane=lane_to(hosted.device),
+        lane=lane,
+        disk=disk,
     )

@@ -34,6 +34,10 @@ class Lane(Protocol):
         """What is computed from here on finds the copy there."""
         ...
 
+    def settle(self, arrival: Any) -> None:
+        """Return when the copy has been made. From any thread."""
+        ...
+
     def mark(self) -> Any:
         """The moment when all that was computed so far is done."""
         ...
@@ -54,6 +58,8 @@ class HostLane:
         self._bytes += source.numel()
 
     def wait(self, arrival: Any) -> None: ...
+
+    def settle(self, arrival: Any) -> None: ...
 
     def mark(self) -> None: ...
 
@@ -89,6 +95,9 @@ class CudaLane:
         before = self._event(computing)
         computing.wait_event(arrival)
         self._waits.append((before, self._event(computing)))
+
+    def settle(self, arrival: torch.cuda.Event) -> None:
+        arrival.synchronize()
 
     def mark(self) -> torch.cuda.Event:
         return self._event(torch.cuda.current_stream(self.device))

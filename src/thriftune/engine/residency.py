@@ -12,13 +12,14 @@ the backward pass, and from one step to the next, the layers that are in slots a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from thriftune.engine.disk import DiskReader
 from thriftune.engine.lanes import Lane
 from thriftune.engine.layer import Layer
 from thriftune.kernels.four_bit import FourBit
@@ -44,7 +45,8 @@ class Slot:
 
 @dataclass
 class Streaming:
-    """`resident` slabs lie on the device, `streamed` ones in host memory, by the number of their layer."""
+    """`resident` slabs lie on the device, `streamed` ones in host memory, by the number of their layer; those that are
+    in neither are read by `disk`."""
 
     layers: Sequence[Layer]
     layouts: Sequence[SlabLayout]
@@ -53,10 +55,10 @@ class Streaming:
     streamed: dict[int, Tensor]
     slots: list[Slot]
     lane: Lane
+    disk: DiskReader | None = None
     _coming: deque[int] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        assert self.resident.keys() | self.streamed.keys() == set(range(len(self.layers)))
         for index, slab in self.resident.items():
             self._give(index, self.layouts[index].views(slab, self.tables))
         for slot in self.slots:  # its memory may be what computation that is still queued works with
@@ -67,7 +69,10 @@ class Streaming:
         for slot in self.slots:
             if slot.in_use:
                 slot.in_use, slot.free = False, self.lane.mark()
-        self._coming = deque(index for index in visits if index in self.streamed)
+        self._coming = deque(index for index in visits if index not in self.resident)
+        if self.disk is not None:
+            order = sends(self._coming, [slot.owner for slot in self.slots])
+            self.disk.announce([index for index in order if index not in self.streamed])
         self._send()
 
     def acquire(self, index: int) -> None:
@@ -76,6 +81,8 @@ class Streaming:
             return
         if not self._coming or self._coming[0] != index:
             raise RuntimeError(f"layer {index} is visited where layer {next(iter(self._coming), None)} was announced")
+        if self._slot_of(index) is None:
+            self._send(must=True)  # it comes from the disk, and had not been read when there was room for it
         slot = self._slot_of(index)
         if slot is None:
             raise RuntimeError(f"layer {index} is in no slot, and all {len(self.slots)} are in use")
@@ -108,36 +115,69 @@ class Streaming:
     def _slot_of(self, index: int) -> Slot | None:
         return next((slot for slot in self.slots if slot.owner == index), None)
 
-    def _send(self) -> None:
-        """Begin every copy that has room now, in the order of the visits."""
-        needed: dict[int, int] = {}
-        for place, index in enumerate(self._coming):
-            needed.setdefault(index, place)
-        for index, place in needed.items():
+    def _send(self, must: bool = False) -> None:
+        """Begin every copy that has room now, in the order of the visits, up to one whose slab has not come from the disk;
+        with `must` the first is waited for."""
+        for index in dict.fromkeys(self._coming):
             if self._slot_of(index) is not None:
                 continue
-            slot = self._slot_for(place, needed)
-            if slot is None:
+            owners, in_use = [slot.owner for slot in self.slots], [slot.in_use for slot in self.slots]
+            place = best_slot(index, self._coming, owners, in_use)
+            if place is None:
                 return
+            slab = self._slab(index, must and index == self._coming[0])
+            if slab is None:
+                return
+            slot = self.slots[place]
             slot.owner = index
-            slab = self.streamed[index]
             slot.arrival = self.lane.send(slab, slot.bytes[: slab.numel()], slot.free)
+            if self.disk is not None and index not in self.streamed:
+                self.disk.sent(index, slot.arrival)
 
-    def _slot_for(self, place: int, needed: Mapping[int, int]) -> Slot | None:
-        """The slot, not in use, whose layer is needed last, and after the visit at `place`; never comes before all."""
-        never = len(self._coming)
-
-        def next_use(slot: Slot) -> int:
-            return -1 if slot.in_use else never if slot.owner is None else needed.get(slot.owner, never)
-
-        best = max(self.slots, key=next_use)
-        return best if next_use(best) > place else None
+    def _slab(self, index: int, wait: bool) -> Tensor | None:
+        if index in self.streamed:
+            return self.streamed[index]
+        assert self.disk is not None
+        return self.disk.take(index, wait)
 
     def _give(self, index: int, weights: Sequence[FourBit]) -> None:
         """Have the layer's stacks read these, or nothing."""
         rest = list(weights)
         for stack in self.layers[index].stacks:
             stack.packed, rest = rest[: len(stack.parts)], rest[len(stack.parts) :]
+
+
+def best_slot(index: int, coming: Sequence[int], owners: Sequence[int | None], in_use: Sequence[bool]) -> int | None:
+    """Where a layer of those to come goes: to the slot, not in use, whose layer is needed last. None where all are
+    needed before it is."""
+    never = len(coming)
+
+    def next_use(place: int) -> int:
+        if in_use[place]:
+            return -1
+        owner = owners[place]
+        return next((at for at, visited in enumerate(coming) if visited == owner), never)
+
+    best = max(range(len(owners)), key=next_use, default=None)
+    here = next(at for at, visited in enumerate(coming) if visited == index)
+    return best if best is not None and next_use(best) > here else None
+
+
+def sends(visits: Sequence[int], owners: Sequence[int | None]) -> list[int]:
+    """The copies of a pass in their order, when each begins as soon as there is room."""
+    found, held, coming = [], list(owners), deque(visits)
+    idle = [False] * len(held)
+    while coming:
+        for index in dict.fromkeys(coming):
+            if index in held:
+                continue
+            place = best_slot(index, coming, held, idle)
+            if place is None:
+                break
+            held[place] = index
+            found.append(index)
+        coming.popleft()
+    return found
 
 
 def new_slots(count: int, layouts: Sequence[SlabLayout], device: torch.device) -> list[Slot]:
