@@ -52,15 +52,15 @@ class DiskReader:
             while True:
                 if self._error is not None:
                     raise self._error
+                while wait and self._ready and self._ready[0][0] != index:  # not in the order that was announced
+                    self._free.append(self._ready.popleft()[1])
                 if self._ready and self._ready[0][0] == index:
                     _, block = self._ready.popleft()
                     self._lent[index] = block
                     return block.bytes[: self._sizes[index]]
                 if not wait:
                     return None
-                while self._ready and self._ready[0][0] != index:  # not in the order that was announced
-                    self._free.append(self._ready.popleft()[1])
-                if not self._ready and index not in self._wanted:
+                if index not in self._wanted:
                     self._wanted.appendleft(index)
                 self._changed.notify_all()
                 self._changed.wait()

@@ -116,8 +116,8 @@ class Streaming:
         return next((slot for slot in self.slots if slot.owner == index), None)
 
     def _send(self, must: bool = False) -> None:
-        """Begin every copy that has room now, in the order of the visits, up to one whose slab has not come from the disk;
-        with `must` the first is waited for."""
+        """Begin every copy that has room now, in the order of the visits, up to one that is still on the disk. With
+        `must` the first is waited for."""
         for index in dict.fromkeys(self._coming):
             if self._slot_of(index) is not None:
                 continue
