@@ -104,9 +104,11 @@ class _Attended:
 
 @dataclass(frozen=True)
 class _GateUp:
+    """The product lies in the buffer that its gradient is written into, over it."""
+
     rstd_T1: Tensor  # noqa: N815
     side_TR: Tensor | None  # noqa: N815
-    product_TE: Tensor  # noqa: N815
+    product_TY: Tensor  # noqa: N815
 
 
 def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor, Saved]:
@@ -116,7 +118,7 @@ def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor,
     attended = _Attended(attended.out_TX, attended.kept, side_o_TR)
     gate_up = _gate_up(layer, middle_TD)
     h_TX = layer.down.input_buffer(x_TD)
-    swiglu(gate_up.product_TE, h_TX[:, : layer.down.size_in])
+    swiglu(gate_up.product_TY[:, : layer.gate_up.size_out], h_TX[:, : layer.down.size_in])
     y_TD, side_down_TR = layer.down.forward(h_TX, middle_TD)
     saved = Saved(x_TD, down_side_TR=side_down_TR)
     if keep <= Keep.RESIDUALS:
@@ -160,8 +162,9 @@ def _gate_up(layer: Layer, middle_TD: Tensor) -> _GateUp:
     normed_TX = layer.gate_up.input_buffer(middle_TD)
     norm = layer.mlp_norm
     rstd_T1 = rms_norm(middle_TD, norm.weight_D, norm.epsilon, normed_TX[:, : layer.gate_up.size_in])
-    product_TE, side_TR = layer.gate_up.forward(normed_TX, None)
-    return _GateUp(rstd_T1, side_TR, product_TE)
+    product_TY = layer.gate_up.output_buffer(middle_TD)
+    _, side_TR = layer.gate_up.forward(normed_TX, None, product_TY[:, : layer.gate_up.size_out])
+    return _GateUp(rstd_T1, side_TR, product_TY)
 
 
 def _compute_again(layer: Layer, saved: Saved, step: Step) -> None:
@@ -192,12 +195,11 @@ def backward(layer: Layer, dy_TY: Tensor, saved: Saved, step: Step, below: Layer
     dy_TD = dy_TY[:, : layer.down.size_out]
     dh_TF = layer.down.backward(dy_TY, wants_dx=True)
     assert dh_TF is not None
-    dgate_up_TY = layer.gate_up.output_buffer(dy_TY)
-    dgate_up_TE = dgate_up_TY[:, : layer.gate_up.size_out]
-    h_TF = torch.empty_like(dh_TF) if layer.down.rank else None
-    swiglu_backward(gate_up.product_TE, dh_TF, dgate_up_TE, h_TF)
-    layer.down.add_gradients(dy_TY, h_TF, saved.down_side_TR)
-    del dh_TF, h_TF
+    dgate_up_TY = gate_up.product_TY
+    gate_up_TE = dgate_up_TY[:, : layer.gate_up.size_out]
+    swiglu_backward(gate_up_TE, dh_TF, gate_up_TE, dh_TF if layer.down.rank else None)
+    layer.down.add_gradients(dy_TY, dh_TF, saved.down_side_TR)  # dh_TF is the MLP's input by now
+    del dh_TF
     normed_TD = _normed_again(layer.mlp_norm, middle_TD) if layer.gate_up.rank else None
     dnormed_TD = layer.gate_up.backward(dgate_up_TY, wants_dx=True)
     assert dnormed_TD is not None
@@ -205,7 +207,8 @@ def backward(layer: Layer, dy_TY: Tensor, saved: Saved, step: Step, below: Layer
     dmiddle_TY = layer.o.output_buffer(dnormed_TD)
     dmiddle_TD = dmiddle_TY[:, : layer.o.size_out]
     rms_norm_backward(dnormed_TD, middle_TD, layer.mlp_norm.weight_D, gate_up.rstd_T1, dy_TD, dmiddle_TD)
-    del dgate_up_TY, dgate_up_TE, dnormed_TD, normed_TD, gate_up, dy_TY, dy_TD
+    saved.gate_up = None
+    del dgate_up_TY, gate_up_TE, dnormed_TD, normed_TD, gate_up, dy_TY, dy_TD
 
     # -- attention -----------------------------------------------------------------------------------------------
     out_TQ = attended.out_TX[:, : layer.o.size_in]

@@ -132,19 +132,25 @@ def kept_bytes(layer: LayerSizes, keep: Keep, element: int) -> int:
         found += (1 + layer.heads) * STATISTICS_BYTES
         found += (layer.heads + layer.groups) * STATISTICS_BYTES if layer.head_norms else 0
     if keep == Keep.ALL:
-        found += (layer.gate_up.size_out + layer.gate_up.rank) * element + STATISTICS_BYTES
+        found += (_gate_up(layer) + layer.gate_up.rank) * element + STATISTICS_BYTES
     return found
+
+
+def _gate_up(layer: LayerSizes) -> int:
+    """Of a token: the gate's and up's product with its side columns, over which their gradient is written."""
+    return layer.gate_up.size_out + layer.gate_up.rank
 
 
 def working_bytes(layer: LayerSizes, keep: Keep, element: int) -> int:
     """Bytes a token that live at once, besides what is kept, while a layer runs backward: the largest moment of it."""
     missing = kept_bytes(layer, Keep.ALL, element) - kept_bytes(layer, keep, element)
     width, mlp, queries = layer.qkv.size_in, layer.down.size_in, layer.o.size_in
-    # dy with its side columns; the gate's and up's gradient; the MLP's input and its gradient, before and after it
-    in_mlp = (width + layer.down.rank) + (layer.gate_up.size_out + layer.gate_up.rank) + 2 * mlp
-    in_norm = (width + layer.down.rank) + (layer.gate_up.size_out + layer.gate_up.rank) + 3 * width + layer.o.rank
-    # the gradient of attention's result and of queries, keys and values, and cuDNN's float32 sums of three of them
-    in_attention = width + layer.o.rank + queries + layer.qkv.size_out + layer.qkv.rank + 6 * queries
+    dy, dmiddle = width + layer.down.rank, width + layer.o.rank  # with their side columns
+    in_mlp = dy + mlp  # the gradient of the MLP's input, over which that input is written
+    in_norm = dy + 2 * width + dmiddle
+    # The gradient of attention's result and of queries, keys and values, and cuDNN's float32 sums of three of them; the
+    # gate's and up's product is gone.
+    in_attention = dmiddle + queries + layer.qkv.size_out + layer.qkv.rank + 6 * queries - _gate_up(layer)
     return missing + (max(in_mlp, in_norm, in_attention) + width) * element
 
 

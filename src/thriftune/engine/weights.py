@@ -119,19 +119,21 @@ class Stack:
         """An uninitialised T x (out + rank) buffer: its first columns are for the output's gradient."""
         return torch.empty(like.shape[0], self.size_out + self.rank, dtype=like.dtype, device=like.device)
 
-    def forward(self, x_TX: Tensor, residual_TO: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_TX: Tensor, residual_TO: Tensor | None, out_TO: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """x_TX has the input in its first columns; the others are overwritten. Returns the output (plus the residual),
-        and x A^T, which the backward pass needs."""
+        in `out_TO` where that is given, and x A^T, which the backward pass needs."""
         side_TR = None
         if self.rank:
             side_TR = x_TX[:, : self.size_in] @ self.a_RI.T
             x_TX[:, self.size_in :] = side_TR
         if residual_TO is not None:
-            out_TO = torch.addmm(residual_TO, x_TX, self.weight_OX.T)
+            out_TO = torch.addmm(residual_TO, x_TX, self.weight_OX.T, out=out_TO)
         elif self.bias_O is not None:
-            return torch.addmm(self.bias_O, x_TX, self.weight_OX.T), side_TR
+            return torch.addmm(self.bias_O, x_TX, self.weight_OX.T, out=out_TO), side_TR
         else:
-            out_TO = x_TX @ self.weight_OX.T
+            out_TO = torch.mm(x_TX, self.weight_OX.T, out=out_TO)
         return (out_TO if self.bias_O is None else out_TO.add_(self.bias_O)), side_TR
 
     def backward(self, dy_TY: Tensor, wants_dx: bool) -> Tensor | None:
