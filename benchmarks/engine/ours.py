@@ -126,7 +126,9 @@ def job_of(arguments: argparse.Namespace, device: torch.device) -> tuple[TrainJo
         a_parameter = 6 if arguments.method == "qlora" else 12
         step_tokens = largest_step(job.order, job.lengths, 1)
         later_bytes = a_parameter * trainable_parameters(model)
-        path = engine_path(model, device, job.lengths, step_tokens, later_bytes, arguments.recompute)
+        path = engine_path(
+            model, device, job.lengths, step_tokens, later_bytes, arguments.recompute, recipe.precision == "fp8"
+        )
         job = replace(job, path=path)
     return job, built_s
 
