@@ -62,16 +62,18 @@ class Pair:
     shell: nn.Module
     slabs: MemorySlabs
 
-    def resident(self) -> Program:
-        return _program(self.whole)
+    def resident(self, fp8: bool = False) -> Program:
+        return _program(self.whole, fp8)
 
-    def streamed(self, resident: Sequence[int], slots: int = 2) -> tuple[Program, Streaming]:
-        program = _program(self.shell)
-        return program, stream(program, Hosted(self.slabs, CPU, print), resident, slots)
+    def streamed(self, resident: Sequence[int], slots: int = 2, fp8: bool = False) -> tuple[Program, Streaming]:
+        program = read_program(self.shell, longest=64, rank_multiple=16 if fp8 else 8, fp8=fp8)
+        streaming = stream(program, Hosted(self.slabs, CPU, print), resident, slots)
+        program.copy_masters()
+        return program, streaming
 
 
-def _program(model: nn.Module) -> Program:
-    program = read_program(model, longest=64, rank_multiple=8)
+def _program(model: nn.Module, fp8: bool = False) -> Program:
+    program = read_program(model, longest=64, rank_multiple=16 if fp8 else 8, fp8=fp8)
     program.copy_masters()
     return program
 

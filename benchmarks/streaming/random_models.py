@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from thriftune.engine.host_memory import PinnedBlock, pinned_block
+from thriftune.engine.hosted import read_scales
 from thriftune.engine.lanes import Lane
 from thriftune.engine.program import Program
 from thriftune.engine.read import read_program
 from thriftune.engine.residency import Streaming, new_slots
-from thriftune.engine.sizes import RANK_MULTIPLE
+from thriftune.engine.sizes import rank_multiple
 from thriftune.kernels.slab import Matrix, SlabLayout, Tables
 from thriftune.methods import METHODS
 from thriftune.models import LoadedModel
@@ -72,7 +73,7 @@ class RandomModel:
         device, layers = self.loaded.device, self.program.layers
         stays = set(resident)
         others = {index: slab for index, slab in enumerate(self.slabs) if index not in stays}
-        return Streaming(
+        found = Streaming(
             layers=layers,
             layouts=[self.layout] * len(layers),
             tables=self.tables,
@@ -81,6 +82,16 @@ class RandomModel:
             slots=new_slots(slots, [self.layout], device) if others else [],
             lane=lane,
         )
+        if self.program.fp8:
+            read_scales(self.program, found)
+        return found
+
+    def products_in(self, fp8: bool) -> None:
+        """Have the program's frozen products in 8-bit floats, or in 16 bits."""
+        if fp8 != self.program.fp8:
+            longest = self.program.angles.cos_PC.shape[0]
+            multiple = rank_multiple(self.loaded.device.type, fp8)
+            self.program = read_program(self.model, longest, multiple, fp8)
 
     def release(self) -> None:
         for block in self.blocks:
@@ -123,7 +134,7 @@ def make_model(
         load_s=0.0,
     )  # fmt: skip
     model = METHODS["qlora"].attach(loaded, read_recipe(None, ["method=qlora", *extra], {}))
-    program = read_program(model, longest, RANK_MULTIPLE[device.type])
+    program = read_program(model, longest, rank_multiple(device.type, False), fp8=False)
     return RandomModel(loaded, model, program, _layout(program), _tables(device))
 
 

@@ -1,7 +1,7 @@
 """Streamed QLoRA on one GPU held to so much memory, with random 4-bit weights at real shapes.
 
     python benchmarks/streaming/run.py --results benchmarks/results/streaming --deadline-s 420 \
-        [--lengths ../shared/bench/gsm8k_lengths.txt] [--stages equality,70B,123B,8B]
+        [--lengths ../shared/bench/gsm8k_lengths.txt] [--stages equality,70B,123B,8B | 70B-more]
 
 With expandable segments, as a run has them: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Needs 70 GB of
 host memory (40 GB without 123B), and a card of 80 GB for the resident 70B engine that the streamed one is held against.
@@ -67,6 +67,8 @@ class Case:
     batch: str
     cap_gib: float | None
     resident: bool = False
+    optim: str = "paged_adamw_8bit"
+    fp8: bool = False
     seconds: float = 20.0  # about; what would end after the deadline is left out
 
 
@@ -80,13 +82,26 @@ CASES = {
         Case("70B", "2x2048", 12),
         Case("70B", "gsm8k", 12),
     ],
+    "70B-more": [
+        Case("70B", "2x2048", 24, optim="adamw_torch"),
+        Case("70B", "2x2048", 24, fp8=True),
+        Case("70B", "2x2048", None, resident=True, fp8=True),
+        Case("70B", "4x2048", 24, fp8=True, seconds=30),
+        Case("70B", "gsm8k", 24, optim="adamw_torch"),
+        Case("70B", "8x2048", 24, seconds=60),
+    ],
     "123B": [Case("123B", "2x2048", 24, seconds=35), Case("123B", "gsm8k", 24, seconds=25)],
     "8B": [
         Case("8B", "2x2048", 6, seconds=5),
         Case("8B", "4x2048", 6, seconds=8),
         Case("8B", "2x2048", None, resident=True, seconds=5),
     ],
-    "tiny": [Case("tiny", "2x32", 1), Case("tiny", "2x32", None, resident=True), Case("tiny", "4x32", 1)],
+    "tiny": [
+        Case("tiny", "2x32", 1),
+        Case("tiny", "2x32", 1, fp8=True, optim="adamw_torch"),
+        Case("tiny", "2x32", None, resident=True),
+        Case("tiny", "4x32", 1),
+    ],
 }
 
 
@@ -155,6 +170,8 @@ def job_of(model: RandomModel, case: Case, lengths: Path | None) -> TrainJob:
     vocabulary = model.program.embedding_VD.shape[0]
     examples, rows, accumulation = examples_of(case.batch, STEPS, vocabulary, lengths)
     words = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={accumulation}", "method=qlora"]
+    if model.loaded.device.type == "cuda":  # bitsandbytes' optimizers are for GPUs
+        words.append(f"optim={case.optim}")
     fixed = ["save_strategy=no", "eval_strategy=no", "learning_rate=1e-5", "shuffle=false", f"max_steps={STEPS}"]
     return TrainJob(
         model=model.model,
@@ -177,7 +194,7 @@ def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention)
     """The streamed path, as `streamed_path` builds it, with slabs that are there; or the engine with all of them."""
     device, program, layers = model.loaded.device, model.program, len(model.program.layers)
     step_tokens, longest = largest_step(job.order, job.lengths, 1), max(job.lengths)
-    later = later_bytes("paged_adamw_8bit", trainable_parameters(model.model))
+    later = later_bytes(case.optim, trainable_parameters(model.model))
     if case.resident:
         model.streaming(range(layers), SLOTS, lane_to(device))
         room = Room(program, device, step_tokens, longest, later)
@@ -224,14 +241,16 @@ def clear(device: torch.device) -> None:
 def measure(model: RandomModel, case: Case, card: Card, attention: Attention, lengths: Path | None) -> dict[str, Any]:
     device, cuda = card.device, card.device.type == "cuda"
     job = job_of(model, case, lengths)
-    states = 2 * trainable_parameters(model.model)  # paged, in managed memory beside the allocator
+    paged = case.optim.startswith("paged")
+    states = 2 * trainable_parameters(model.model) if paged else 0  # in managed memory beside the allocator
+    model.products_in(case.fp8)
     for stack in (stack for layer in model.program.layers for stack in layer.stacks):
         stack.packed = []
     clear(device)
     card.hold_to(case.cap_gib, states)
     thread, collector = card.watch(), Collector(stop_when_out_of_memory=False)
     row: dict[str, Any] = {"stage": "steps", "model": case.model, "batch": case.batch, "cap_gib": case.cap_gib,
-                           "resident_engine": case.resident}  # fmt: skip
+                           "resident_engine": case.resident, "optim": case.optim, "fp8": case.fp8}  # fmt: skip
     path = path_of(model, job, case, attention)
     offload = path.offload if isinstance(path, StreamedPath) else None
     job = replace(job, path=path)
@@ -284,7 +303,7 @@ def run_stage(
     device, process = card.device, psutil.Process()
     started, cases = time.perf_counter(), CASES[name]
     before = process.memory_info().rss
-    model = make_model(name, device, 4096)
+    model = make_model(cases[0].model, device, 4096)
     shell_s, shell = time.perf_counter() - started, process.memory_info().rss
     make_slabs(model, print)
     clear(device)
@@ -321,18 +340,19 @@ def run_stage(
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["", f"{'model':6}{'batch':8}{'cap':>5}{'tok/s':>8}{'step s':>8}{'copy s':>8}{'waited':>8}{'stay':>6}"
              f"{'peak':>7}{'share':>7}"]  # fmt: skip
-    base = {(row["model"], row["batch"]): row["tokens_per_s"] for row in rows if row.get("resident_engine")
-            and "tokens_per_s" in row}  # fmt: skip
+    base = {(row["model"], row["batch"], row["fp8"]): row["tokens_per_s"] for row in rows
+            if row.get("resident_engine") and "tokens_per_s" in row}  # fmt: skip
     for row in (row for row in rows if row["stage"] == "steps"):
         if "tokens_per_s" not in row:
             lines.append(f"{row['model']:6}{row['batch']:8}{row['cap_gib'] or '-':>5} {row['status']}")
             continue
-        whole = base.get((row["model"], row["batch"]))
+        whole = base.get((row["model"], row["batch"], row["fp8"]))
         share = f"{row['tokens_per_s'] / whole:.1%}" if whole else ""
         copied, waited = (f"{row[key]:.3f}" if row[key] is not None else "-" for key in ("copy_s", "waited_s"))
         stay = "all" if row["resident"] is None else row["resident"]
+        how = f"  {row['optim']}{' fp8' if row['fp8'] else ''}"
         lines.append(f"{row['model']:6}{row['batch']:8}{row['cap_gib'] or '-':>5}{row['tokens_per_s']:>8,}"
-                     f"{row['step_s']:>8.3f}{copied:>8}{waited:>8}{stay:>6}{row['peak_gib']:>7}{share:>7}")  # fmt: skip
+                     f"{row['step_s']:>8.3f}{copied:>8}{waited:>8}{stay:>6}{row['peak_gib']:>7}{share:>7}{how}")  # fmt: skip
     wrong = [row for row in rows if row["stage"] == "equality" and not row["as_it_must_be"]]
     checked = sum(row["stage"] == "equality" for row in rows)
     lines.append(f"equality: {checked - len(wrong)} of {checked} as they must be")

@@ -78,6 +78,7 @@ def prepare_run(recipe: Recipe, *, force: bool = False) -> Prepared:
     sizes = {
         "per_device_train_batch_size": planned.rows_at_once,
         "gradient_accumulation_steps": planned.accumulation,
+        "optim": planned.optimizer,
     }
     resolved = resolved.model_copy(update={"train": resolved.train.model_copy(update=sizes)})
     return Prepared(resolved, description, data, tokenizer, device, dtype, planned)
@@ -285,6 +286,7 @@ def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
         "total_parameters": prepared.description.total_parameters,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "method": recipe.method,
+        "precision": recipe.precision,
         "seed": recipe.seed,
         "data": prepared.data.audit.fingerprint,
         "shuffle": recipe.data.shuffle,

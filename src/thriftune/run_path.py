@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from thriftune.data import largest_step
-from thriftune.engine.choose import engine_path, streaming_path, why_not_here
+from thriftune.engine.choose import engine_path, refuse_fp8, streaming_path, why_not_here
 from thriftune.engine.offload import Demand
 from thriftune.engine.sizes import later_bytes
 from thriftune.engine.streamed_path import StreamedPath
@@ -111,18 +111,21 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
     if reason is not None and store is not None:
         raise _not_taken(reason)
     if reason is not None:
+        refuse_fp8(recipe, reason)
         return job, f"autograd through transformers' model: {reason}"
     lengths = [*job.lengths, *map(len, job.eval_examples)]
     step_tokens = largest_step(job.order, job.lengths, job.processes.world)
     later = later_bytes(recipe.train.optim, trainable_parameters(job.model))
+    fp8 = recipe.precision == "fp8"
+    how = "; frozen products in fp8" if fp8 else ""
     if store is None:
-        path: Any = engine_path(job.model, device, lengths, step_tokens, later, recipe.train.gradient_checkpointing)
-        how = ""
+        switch = recipe.train.gradient_checkpointing
+        path: Any = engine_path(job.model, device, lengths, step_tokens, later, switch, fp8)
     else:
         largest = max(layout.bytes for layout in store.layouts)
         demand = Demand(step_tokens, max(lengths), later, largest, recipe.resident_layers)
-        path = streaming_path(job.model, store, device, demand, say)
-        how = f"; {path.offload.words}"
+        path = streaming_path(job.model, store, device, demand, fp8, say)
+        how += f"; {path.offload.words}"
     return (
         replace(job, path=path),
         f"explicit forward and backward pass; attention: {path.attention.name}{how}",

@@ -126,6 +126,22 @@ def test_models_of_every_form(kind, changes, lane) -> None:
 
 
 @pytest.mark.parametrize("lane", [EarlyLane, LateLane])
+@pytest.mark.parametrize("resident", [(), (1, 4)])
+def test_products_in_8_bit_floats(pair, lane, resident) -> None:
+    whole, total = pair.resident(fp8=True), 0.0
+    for part in parts_of(examples(LENGTHS), 30):
+        total += float(whole.add_gradients(part, SCALE, [Keep.INPUT] * 6, ReferenceAttention()))
+    wanted = (total, gradients(pair.whole))
+    program, streaming = pair.streamed(resident, fp8=True)
+    for slot in streaming.slots:
+        slot.owner = None
+    streaming.lane = lane()
+    found = run(pair, program, streaming, 30, DeviceShelf())
+    assert_equal(found, wanted)
+    assert differ(found[1], by_resident(pair, 30)[1]), "8 bits must round otherwise than 16"
+
+
+@pytest.mark.parametrize("lane", [EarlyLane, LateLane])
 def test_inputs_that_wait_on_the_host_change_no_bit(pair, lane) -> None:
     wanted = by_resident(pair, 30)
     shelf = HostShelf.of(6, sum(LENGTHS), 64, torch.float32, CPU)

@@ -33,6 +33,7 @@ from thriftune.recipe.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml, 
 OTHER_VALUES: dict[str, Any] = {
     "method": "qlora",
     "engine": "off",
+    "precision": "fp8",
     "offload": "off",
     "max_memory": "24GiB",
     "model.name": "org/model",

@@ -9,7 +9,8 @@ Shape legend: T tokens of a part, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from thriftune.engine.program import Program
 from thriftune.engine.residency import Streaming
 from thriftune.engine.shelf import Shelf
 from thriftune.engine.sizes import Keep
+from thriftune.engine.weights import Outgoing
 
 
 def add_gradients(
@@ -40,7 +42,8 @@ def add_gradients(
         x_TD = [_embed(program, part) for part in parts]
         sides: list[list[Tensor | None]] = []
         for index, layer in enumerate(layers):
-            _bring(streaming, program, index)
+            with _brought(streaming, index):
+                layer.acquire_forward()
             sides.append([])
             for number, step in enumerate(steps):
                 shelf.put(index, number, x_TD[number])
@@ -50,26 +53,26 @@ def add_gradients(
         shelf.fetch(last)
         top = layers[-1].down
         loss = torch.zeros((), dtype=torch.float64, device=x_TD[0].device)
-        dx_TY: list[Tensor | None] = []
+        dys: list[Outgoing | None] = []
         for part in parts:
             out_TD = x_TD.pop(0)
-            dx_TY.append(top.output_buffer(out_TD))
-            gradient_TD = dx_TY[-1][:, : top.size_out]  # type: ignore[index]
-            loss += program.head.loss_and_gradient(out_TD, part, scale, gradient_TD)
-        del out_TD, gradient_TD
+            dy = top.output_buffer(out_TD)
+            loss += program.head.loss_and_gradient(out_TD, part, scale, dy.gradient_TO)
+            dys.append(dy)
+        del out_TD, dy
         for index in reversed(range(len(layers))):
-            _bring(streaming, program, index)
+            with _brought(streaming, index):
+                layers[index].acquire_backward(Keep.INPUT)
             if index:
                 shelf.fetch(index - 1)
             below = layers[index - 1] if index else None
             of_layer = sides.pop()
             for number, step in enumerate(steps):
                 found = Saved(shelf.take(index, number), down_side_TR=of_layer[number])
-                gradient_TY = dx_TY[number]
-                assert gradient_TY is not None
-                dx_TY[number] = None
-                dx_TY[number] = backward(layers[index], gradient_TY, found, step, below)
-                del gradient_TY, found
+                given, dys[number] = dys[number], None
+                assert given is not None
+                dys[number] = backward(layers[index], given, found, step, below)
+                del given, found
         return loss
 
 
@@ -80,17 +83,19 @@ def losses(program: Program, streaming: Streaming, parts: Sequence[PackedBatch],
         streaming.begin(range(len(program.layers)))
         x_TD = [_embed(program, part) for part in parts]
         for index, layer in enumerate(program.layers):
-            _bring(streaming, program, index)
+            with _brought(streaming, index):
+                layer.acquire_forward()
             for number, step in enumerate(steps):
                 x_TD[number], _ = forward(layer, x_TD[number], step, Keep.INPUT)
         found = [program.head.loss(rows_TD, part) for rows_TD, part in zip(x_TD, parts, strict=True)]
         return torch.stack(found).sum()
 
 
-def _bring(streaming: Streaming, program: Program, index: int) -> None:
-    """The layer's weights unpacked; its slot is free for another from then on."""
+@contextmanager
+def _brought(streaming: Streaming, index: int) -> Iterator[None]:
+    """The layer's packed weights are on the device inside, to be unpacked; its slot is free for another after that."""
     streaming.acquire(index)
-    program.layers[index].acquire()
+    yield
     streaming.release(index)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from thriftune.engine.disk import DiskReader
+from thriftune.engine.fp8 import Fp8Values, read_fp8
 from thriftune.engine.host_memory import (
     LEFT_FOR_THE_SYSTEM,
     PinnedBlock,
@@ -132,7 +133,7 @@ def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int
     in_memory, on_disk = hosted.split(others)
     disk = hosted.reader(on_disk, lane)
     streamed = hosted.take(in_memory)
-    return Streaming(
+    streaming = Streaming(
         layers=program.layers,
         layouts=layouts,
         tables=hosted.slabs.tables(hosted.device),
@@ -142,3 +143,21 @@ def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int
         lane=lane,
         disk=disk,
     )
+    if program.fp8:
+        read_scales(program, streaming)
+    return streaming
+
+
+def read_scales(program: Program, streaming: Streaming) -> None:
+    """The scales of every layer's rows, with which its weights are unpacked into 8-bit floats."""
+    order = range(len(program.layers))
+    streaming.begin(order)
+    with torch.no_grad():
+        for index in order:
+            streaming.acquire(index)
+            for stack in program.layers[index].stacks:
+                assert stack.fp8 is not None
+                values = Fp8Values(stack.fp8.forward.values_NK, stack.fp8.backward.values_NK)
+                stack.fp8 = read_fp8(stack.parts, stack.packed, stack.size_in, stack.rank, values, stack.fp8.a_RI)
+            streaming.release(index)
+    streaming.lane.times()

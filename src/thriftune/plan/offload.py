@@ -70,7 +70,7 @@ def streamed(case: EngineCase, recipe: Recipe, work: Work, usable: int) -> Strea
     """What the engine will choose with so many `usable` bytes of the GPU."""
     packed = work.packed
     slab = max(bytes_of_slab(layer, NF4_BYTES[case.setup.double_quant]) for layer, _ in case.sizes.layers)
-    later = later_bytes(recipe.train.optim, case.adapter.trained)
+    later = later_bytes(case.setup.optimizer, case.adapter.trained)
     demand = Demand(packed.largest, packed.longest, later, slab, recipe.resident_layers)
     free = None
     if case.gpu is not None:
