@@ -16,24 +16,26 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
+import math
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from card import GIB, Card
 from equality import check_all
 from random_models import RandomModel, make_model, make_slabs
+from table import table
 
 from thriftune.data import largest_step
 from thriftune.engine.attention import Attention
 from thriftune.engine.choose import choose_attention
+from thriftune.engine.host_memory import pinned_block
 from thriftune.engine.hosted import Hosted
 from thriftune.engine.lanes import lane_to
 from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload
@@ -54,8 +56,6 @@ from thriftune.train.path import StepPath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plan_points"))
 from points import Collector, examples_of
 
-GIB = 1024**3
-LIBRARIES_BYTES = 256 * 1024**2  # that libraries may still load after the context was measured
 STEPS = 5  # the first two warm up
 
 
@@ -105,67 +105,6 @@ CASES = {
 }
 
 
-@dataclass
-class Card:
-    """The GPU's memory as the driver sees it; `before` is what others held before this process touched it."""
-
-    device: torch.device
-    before: int
-    context: int = 0
-    peak: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    @classmethod
-    def untouched(cls, device: torch.device) -> Card:
-        return cls(device, _used_by_driver() if device.type == "cuda" else 0)
-
-    def used(self) -> int:
-        free, total = torch.cuda.mem_get_info(self.device)
-        return int(total - free) - self.before
-
-    def measure_context(self) -> None:
-        """What the driver and the libraries loaded so far hold outside PyTorch's allocator."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.context = max(self.context, self.used() - torch.cuda.memory_reserved(self.device))
-
-    def hold_to(self, cap_gib: float | None, beside: int) -> None:
-        if self.device.type != "cuda":
-            return
-        total = torch.cuda.mem_get_info(self.device)[1]
-        allowed = total if cap_gib is None else int(cap_gib * GIB) - self.context - LIBRARIES_BYTES - beside
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), self.device)
-
-    def watch(self) -> threading.Thread:
-        """Sample the driver's number, for peaks that the allocator does not see."""
-        self._stop.clear()
-        self.peak = 0
-
-        def sample() -> None:
-            while not self._stop.wait(0.03):
-                self.peak = max(self.peak, self.used())
-
-        thread = threading.Thread(target=sample, daemon=True)
-        if self.device.type == "cuda":
-            thread.start()
-        return thread
-
-    def watched(self, thread: threading.Thread) -> int:
-        self._stop.set()
-        if thread.is_alive():
-            thread.join()
-        return self.peak
-
-
-def _used_by_driver() -> int:
-    """Asked of the driver's tool, because asking CUDA would make a context."""
-    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    try:
-        return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[0]) * 1024**2
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return 0
-
-
 def job_of(model: RandomModel, case: Case, lengths: Path | None) -> TrainJob:
     vocabulary = model.program.embedding_VD.shape[0]
     examples, rows, accumulation = examples_of(case.batch, STEPS, vocabulary, lengths)
@@ -203,8 +142,10 @@ def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention)
     chosen = choose_offload(program.sizes, free_bytes(device), demand)
     shelf: DeviceShelf | HostShelf = DeviceShelf()
     if chosen.inputs_on_host:
-        dtype, width = model.loaded.base_dtype, program.sizes.width
-        shelf = HostShelf.of(layers, step_tokens, width, dtype, device)
+        # As HostShelf.of, which asks first how much host memory there is; some machines get theirs as they use it.
+        dtype, sizes = model.loaded.base_dtype, (layers, step_tokens, program.sizes.width)
+        block = pinned_block(math.prod(sizes) * dtype.itemsize, device, "layers' inputs")
+        shelf = HostShelf(block, block.bytes.view(dtype).view(sizes), device, lane_to(device), lane_to(device))
     streaming = model.streaming(spread(chosen.resident, layers), SLOTS, lane_to(device))
     hosted = Hosted(_Given(model), device, print)
     return StreamedPath(program, streaming, hosted, shelf, device, attention, chosen, longest)
@@ -335,32 +276,6 @@ def run_stage(
     card.hold_to(None, 0)
     model.release()
     return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["", f"{'model':6}{'batch':8}{'cap':>5}{'tok/s':>8}{'step s':>8}{'copy s':>8}{'waited':>8}{'stay':>6}"
-             f"{'peak':>7}{'share':>7}"]  # fmt: skip
-    base = {(row["model"], row["batch"], row["fp8"]): row["tokens_per_s"] for row in rows
-            if row.get("resident_engine") and "tokens_per_s" in row}  # fmt: skip
-    for row in (row for row in rows if row["stage"] == "steps"):
-        if "tokens_per_s" not in row:
-            lines.append(f"{row['model']:6}{row['batch']:8}{row['cap_gib'] or '-':>5} {row['status']}")
-            continue
-        whole = base.get((row["model"], row["batch"], row["fp8"]))
-        share = f"{row['tokens_per_s'] / whole:.1%}" if whole else ""
-        copied, waited = (f"{row[key]:.3f}" if row[key] is not None else "-" for key in ("copy_s", "waited_s"))
-        stay = "all" if row["resident"] is None else row["resident"]
-        how = f"  {row['optim']}{' fp8' if row['fp8'] else ''}"
-        lines.append(f"{row['model']:6}{row['batch']:8}{row['cap_gib'] or '-':>5}{row['tokens_per_s']:>8,}"
-                     f"{row['step_s']:>8.3f}{copied:>8}{waited:>8}{stay:>6}{row['peak_gib']:>7}{share:>7}{how}")  # fmt: skip
-    wrong = [row for row in rows if row["stage"] == "equality" and not row["as_it_must_be"]]
-    checked = sum(row["stage"] == "equality" for row in rows)
-    lines.append(f"equality: {checked - len(wrong)} of {checked} as they must be")
-    for row in (row for row in rows if row["stage"] == "host"):
-        over, with_rest = row["resident_set_over_slabs"], row["with_embedding_and_shell_over_slabs"]
-        lines.append(f"host memory of {row['model']}: {row['slabs_gib']} GiB of slabs, {over:+.2%} over that "
-                     f"({with_rest:+.2%} with the embedding and all else)")  # fmt: skip
-    return "\n".join(lines)
 
 
 def main() -> None:
