@@ -38,7 +38,7 @@ from thriftune.engine.choose import choose_attention
 from thriftune.engine.host_memory import pinned_block
 from thriftune.engine.hosted import Hosted
 from thriftune.engine.lanes import lane_to
-from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload
+from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload, padding_bytes
 from thriftune.engine.path import EnginePath
 from thriftune.engine.residency import spread
 from thriftune.engine.room import Room, free_bytes
@@ -129,16 +129,19 @@ def job_of(model: RandomModel, case: Case, lengths: Path | None) -> TrainJob:
     )
 
 
-def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention) -> StepPath:
+def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention, states: int) -> StepPath:
     """The streamed path, as `streamed_path` builds it, with slabs that are there; or the engine with all of them."""
     device, program, layers = model.loaded.device, model.program, len(model.program.layers)
     step_tokens, longest = largest_step(job.order, job.lengths, 1), max(job.lengths)
-    later = later_bytes(case.optim, trainable_parameters(model.model))
+    later = later_bytes(case.optim, trainable_parameters(model.model)) - (states if case.cap_gib else 0)
     if case.resident:
         model.streaming(range(layers), SLOTS, lane_to(device))
         room = Room(program, device, step_tokens, longest, later)
         return EnginePath(program, device, attention, room, Keep.INPUT, Keep.INPUT, Keep.INPUT, step_tokens)
-    demand = Demand(step_tokens, longest, later, model.layout.bytes, 2 if device.type == "cpu" else None)
+    ranked = sum(p.numel() for name, p in model.model.named_parameters() if ".lora_A." in name)
+    later += padding_bytes(program.sizes, ranked)
+    varied = len(set(job.lengths)) > 1
+    demand = Demand(step_tokens, longest, varied, later, model.layout.bytes, 2 if device.type == "cpu" else None)
     chosen = choose_offload(program.sizes, free_bytes(device), demand)
     shelf: DeviceShelf | HostShelf = DeviceShelf()
     if chosen.inputs_on_host:
@@ -192,7 +195,7 @@ def measure(model: RandomModel, case: Case, card: Card, attention: Attention, le
     thread, collector = card.watch(), Collector(stop_when_out_of_memory=False)
     row: dict[str, Any] = {"stage": "steps", "model": case.model, "batch": case.batch, "cap_gib": case.cap_gib,
                            "resident_engine": case.resident, "optim": case.optim, "fp8": case.fp8}  # fmt: skip
-    path = path_of(model, job, case, attention)
+    path = path_of(model, job, case, attention, states)
     offload = path.offload if isinstance(path, StreamedPath) else None
     job = replace(job, path=path)
     with job.product_types():

@@ -115,7 +115,10 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
         return job, f"autograd through transformers' model: {reason}"
     lengths = [*job.lengths, *map(len, job.eval_examples)]
     step_tokens = largest_step(job.order, job.lengths, job.processes.world)
-    later = later_bytes(recipe.train.optim, trainable_parameters(job.model))
+    trained = trainable_parameters(job.model)
+    later = later_bytes(recipe.train.optim, trained)
+    if recipe.max_memory is not None:  # `hold_memory` has left room for them beside the allocator
+        later -= paged_bytes(recipe, trained)
     fp8 = recipe.precision == "fp8"
     how = "; frozen products in fp8" if fp8 else ""
     if store is None:
@@ -123,7 +126,8 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
         path: Any = engine_path(job.model, device, lengths, step_tokens, later, switch, fp8)
     else:
         largest = max(layout.bytes for layout in store.layouts)
-        demand = Demand(step_tokens, max(lengths), later, largest, recipe.resident_layers)
+        varied = len(set(job.lengths)) > 1
+        demand = Demand(step_tokens, max(lengths), varied, later, largest, recipe.resident_layers)
         path = streaming_path(job.model, store, device, demand, fp8, say)
         how += f"; {path.offload.words}"
     return (

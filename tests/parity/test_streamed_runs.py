@@ -42,6 +42,7 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 def recipe_of(model: Path, rows: Path, output: Path, resident: int | None = 2, **sections: Any) -> Any:
     offload: Any = "auto" if resident is None else {"resident_layers": resident}
+    sections["train"] = {"gradient_checkpointing": "on", **sections.get("train", {})}
     return tiny_recipe(model, rows, output, method="qlora", engine="auto", offload=offload, **sections)
 
 
@@ -117,7 +118,7 @@ def test_killed_while_quantising_and_while_training_and_nothing_is_lost(model, r
     words = ["train", str(model), "--data", str(rows), "--method", "qlora", "--output", str(tmp_path / "two"),
              "offload={resident_layers: 2}", "max_steps=40", "save_steps=2", "seed=7", "lora_r=4", "lora_alpha=8",
              "learning_rate=1e-2", "warmup_ratio=0", "per_device_train_batch_size=2", "max_length=128",
-             "gradient_accumulation_steps=2", "gradient_checkpointing=off", "resume_from_checkpoint=auto"]  # fmt: skip
+             "gradient_accumulation_steps=2", "gradient_checkpointing=on", "resume_from_checkpoint=auto"]  # fmt: skip
     command = [sys.executable, "-m", "thriftune", *words]
 
     def killed_when(seen: Any) -> None:
@@ -177,6 +178,8 @@ def test_options_that_contradict_streaming_are_refused(model, rows, tmp_path) ->
         tiny_recipe(model, rows, tmp_path / "run", method="lora", engine="auto", offload={"resident_layers": 1})
     with pytest.raises(RecipeError, match="engine is off"):
         tiny_recipe(model, rows, tmp_path / "run", method="qlora", engine="off", offload={"resident_layers": 1})
+    with pytest.raises(RecipeError, match="gradient_checkpointing is off"):
+        recipe_of(model, rows, tmp_path / "run", train={"gradient_checkpointing": "off"})
     for wrong in ("on", {"layers": 3}, {"resident_layers": -1}, {"resident_layers": True}, {}):
         with pytest.raises(RecipeError, match=r"auto, off or \{resident_layers: N\}"):
             tiny_recipe(model, rows, tmp_path / "run", method="qlora", engine="auto", offload=wrong)

@@ -18,7 +18,7 @@ from thriftune.engine import by_layer
 from thriftune.engine.attention import Attention
 from thriftune.engine.hosted import Hosted, Say, Slabs, stream
 from thriftune.engine.lanes import LinkTimes
-from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload
+from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload, padding_bytes
 from thriftune.engine.packing import PackedBatch, cut_by_tokens, pack
 from thriftune.engine.program import Program
 from thriftune.engine.residency import Streaming, spread
@@ -114,6 +114,8 @@ def streamed_path(
     """The path of a run whose program has none of its layers' weights yet. Raises DoesNotFitError when host memory does
     not hold what is to be streamed."""
     sizes = program.sizes
+    ranked = sum(p.a.numel() for layer in program.layers for s in layer.stacks for p in s.parts if p.a is not None)
+    demand = replace(demand, later_bytes=demand.later_bytes + padding_bytes(sizes, ranked))
     chosen = choose_offload(sizes, free_bytes(device), demand)
     say(f"offload: {chosen.words}")
     shelf: Shelf = DeviceShelf()

@@ -10,14 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from thriftune.catalog.rows import Gpu
-from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload, host_bytes, least_offload, needed_bytes
+from thriftune.engine.offload import (
+    GRADIENT_BYTES,
+    SLOTS,
+    Demand,
+    Offload,
+    choose_offload,
+    fragment_bytes,
+    host_bytes,
+    least_offload,
+    needed_bytes,
+)
 from thriftune.engine.offload import slab_bytes as bytes_of_slab
-from thriftune.engine.sizes import Choice, Keep, later_bytes, without_spare
+from thriftune.engine.sizes import Choice, Keep, later_bytes
 from thriftune.plan.engine import EngineCase
-from thriftune.plan.engine_memory import FRAGMENTS, FRAGMENTS_VARIED, gradient_bytes
+from thriftune.plan.engine_memory import gradient_bytes
 from thriftune.plan.engine_time import engine_time
-from thriftune.plan.memory import FRAGMENTS_FIXED, NF4_BYTES, optimizer_states, outside
-from thriftune.plan.values import PARTS, LimitedBy, Memory, Packed, Time, Work
+from thriftune.plan.memory import NF4_BYTES, optimizer_states, outside
+from thriftune.plan.values import PARTS, LimitedBy, Memory, Time, Work
 from thriftune.recipe import Recipe
 from thriftune.units import format_bytes
 
@@ -71,22 +81,23 @@ def streamed(case: EngineCase, recipe: Recipe, work: Work, usable: int) -> Strea
     packed = work.packed
     slab = max(bytes_of_slab(layer, NF4_BYTES[case.setup.double_quant]) for layer, _ in case.sizes.layers)
     later = later_bytes(case.setup.optimizer, case.adapter.trained)
-    demand = Demand(packed.largest, packed.longest, later, slab, recipe.resident_layers)
+    later += round(gradient_bytes(case)) - GRADIENT_BYTES * case.adapter.trained  # the padding between them
+    demand = Demand(packed.largest, packed.longest, packed.varied, later, slab, recipe.resident_layers)
     free = None
     if case.gpu is not None:
         before = _other_weights(case) + case.resident.adapter + case.resident.unpacked
-        free = without_spare(round(usable - outside(case.gpu)[0] - before))
+        free = round(usable - outside(case.gpu)[0] - before)
     chosen, least = choose_offload(case.sizes, free, demand), least_offload(case.sizes, demand)
     time, hidden_from = None, None
     if case.gpu is not None:
         time, hidden_from = _time(case, chosen, demand, work, case.gpu)
     return Streamed(
         offload=chosen,
-        memory=_memory(case, chosen, demand, packed),
+        memory=_memory(case, chosen, demand),
         time=time,
         host_bytes=host_bytes(case.sizes, demand, chosen),
         hidden_from_tokens=hidden_from,
-        least_bytes=_memory(case, least, demand, packed).peak_bytes,
+        least_bytes=_memory(case, least, demand).peak_bytes,
     )
 
 
@@ -98,11 +109,12 @@ def _other_weights(case: EngineCase) -> float:
     return float((shape.total_parameters - shape.quantised_weights - embedding) * setup.value_bytes)
 
 
-def _memory(case: EngineCase, chosen: Offload, demand: Demand, packed: Packed) -> Memory:
+def _memory(case: EngineCase, chosen: Offload, demand: Demand) -> Memory:
     runtime, cublas_workspace = outside(case.gpu)
     states, paged = optimizer_states(case.adapter, case.setup)
     held = (chosen.resident + SLOTS) * demand.slab_bytes
-    step = needed_bytes(case.sizes, demand, chosen.most_tokens, chosen.inputs_on_host)
+    fragments = fragment_bytes(case.sizes, demand, chosen.most_tokens)
+    step = needed_bytes(case.sizes, demand, chosen.most_tokens, chosen.inputs_on_host) - fragments
     parts = dict.fromkeys(PARTS, 0.0) | {
         "weights": _other_weights(case) + held,
         "adapter": case.resident.adapter,
@@ -112,8 +124,6 @@ def _memory(case: EngineCase, chosen: Offload, demand: Demand, packed: Packed) -
         "workspace": cublas_workspace + case.resident.unpacked,
     }
     allocated = sum(parts.values())
-    share = FRAGMENTS + (FRAGMENTS_VARIED if packed.varied else 0.0)
-    fragments = FRAGMENTS_FIXED + share * chosen.most_tokens * case.sizes.working_bytes(Keep.ALL)
     parts["workspace"] += fragments
     parts["optimizer"] += paged
     parts["runtime"] = float(runtime)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from thriftune.shapes import ModelShape
 
 SHORTEST_ROWS = 16  # tokens; below that no training is worth a plan
 ROWS = "per_device_train_batch_size"
+STREAMING_GAIN = 0.9  # of the time of a step with all layers on the GPU: what streaming must stay under to be taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +157,7 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
     adapter = adapter or adapter_of(case.shape, case.recipe.lora, method)
     optimizers = optimizers_of(case.recipe, method, device.gpu is not None)
     if case.engine_reason(method, device, adapter) is None:
-        ways = [_engine_candidate(case, method, device, adapter, name) for name in optimizers]
-        whole = [way for way in ways if way.streamed is None]  # nothing is streamed that fits with another optimizer
-        least = ways[-1].least_bytes
-        return [replace(way, least_bytes=least) for way in whole or ways]
+        return _engine_candidates(case, method, device, adapter, optimizers)
     found = []
     for rows_at_once, recompute in allowed_settings(case):
         setup = setup_of(case.recipe, method, recompute, device.gpu is not None)
@@ -170,6 +169,24 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
         accumulation = case.rows_a_step // rows_at_once
         found.append(Candidate(rows_at_once, accumulation, recompute, work, memory, time, optimizers[-1]))
     return found
+
+
+def _engine_candidates(
+    case: Case, method: str, device: Device, adapter: Adapter, optimizers: Sequence[str]
+) -> list[Candidate]:
+    """One for each optimizer. Layers are streamed where the recipe says how many stay; else where they do not fit, and
+    where they do only with steps cut into so small parts that streaming is clearly faster."""
+    ways = [_engine_candidate(case, method, device, adapter, name) for name in optimizers]
+    if _may_stream(case.recipe, method, device):
+        others = [_streamed_candidate(case, method, device, adapter, name) for name in optimizers]
+        if case.recipe.resident_layers is not None:
+            ways = others
+        else:
+            fitting = [way.time.step_s for way in ways if way.time and way.memory.peak_bytes <= device.usable_bytes]
+            most_s = STREAMING_GAIN * min(fitting) if fitting else math.inf
+            ways += [other for other in others if other.time and other.time.step_s < most_s]
+    least = min(way.least_bytes or 0 for way in ways)
+    return [replace(way, least_bytes=least) for way in ways]
 
 
 def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
@@ -187,24 +204,29 @@ def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter,
         least_bytes = smallest.peak_bytes
         if taken.peak_bytes > device.usable_bytes:
             chosen, taken = least, smallest
-    if _streams(case.recipe, method, device, taken.peak_bytes):
-        way = streamed(engine, case.recipe, work, device.usable_bytes)
-        accumulation = case.rows_a_step // rows_at_once
-        return Candidate(
-            rows_at_once, accumulation, True, work, way.memory, way.time, optimizer, way.choice, way.least_bytes, way
-        )
     time = engine_time(engine, chosen, work, gpu, device.count) if gpu is not None else None
     recomputes = chosen.keep > Keep.ALL
     accumulation = case.rows_a_step // rows_at_once
     return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, optimizer, chosen, least_bytes)
 
 
-def _streams(recipe: Recipe, method: str, device: Device, peak_bytes: int) -> bool:
-    """Whether layers are streamed: where the recipe says how many stay, and on a GPU that does not hold them all."""
-    if method != "qlora" or recipe.offload == "off" or device.count > 1:
+def _streamed_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
+    """With as many layers on the GPU as this memory holds, and the others streamed."""
+    rows_at_once = case.recipe.train.per_device_train_batch_size
+    work = case.work(rows_at_once, device.count)
+    setup = setup_of(case.recipe, method, False, device.gpu is not None, optimizer)
+    way = streamed(engine_case(case.shape, adapter, setup, device.gpu), case.recipe, work, device.usable_bytes)
+    accumulation = case.rows_a_step // rows_at_once
+    return Candidate(
+        rows_at_once, accumulation, True, work, way.memory, way.time, optimizer, way.choice, way.least_bytes, way
+    )
+
+
+def _may_stream(recipe: Recipe, method: str, device: Device) -> bool:
+    """On one GPU, with layers that keep their input alone; where memory is not counted, only if the recipe asks."""
+    if method != "qlora" or recipe.offload == "off" or recipe.train.gradient_checkpointing == "off" or device.count > 1:
         return False
-    too_much = device.gpu is not None and peak_bytes > device.usable_bytes
-    return recipe.resident_layers is not None or too_much
+    return device.gpu is not None or recipe.resident_layers is not None
 
 
 def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
@@ -220,8 +242,7 @@ def least_bytes(case: Case, method: str, device: Device, like: Candidate) -> int
     """Bytes at the peak with the smallest settings: those of `like`, or the engine's least."""
     adapter = adapter_of(case.shape, case.recipe.lora, method)
     if case.engine_reason(method, device, adapter) is None:
-        leanest = optimizers_of(case.recipe, method, device.gpu is not None)[-1]
-        return _engine_candidate(case, method, device, adapter, leanest).least_bytes or 0
+        return min(way.least_bytes or 0 for way in candidates(case, method, device, adapter))
     setup = setup_of(case.recipe, method, like.checkpointing, device.gpu is not None)
     return memory_of(case.shape, adapter, setup, case.work(like.rows_at_once, device.count), device.gpu).peak_bytes
 

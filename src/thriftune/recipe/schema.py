@@ -240,8 +240,7 @@ class Recipe(Section):
     )
     offload: Literal["auto", "off"] | dict[str, int] = Field(
         "auto",
-        description="streams qlora's 4-bit layers from host memory. auto: those that do not fit; off: none; "
-        "{resident_layers: N}: all but N",
+        description="4-bit layers streamed: auto, those that do not fit; off, none; {resident_layers: N}, all but N",
     )
     max_memory: str | None = Field(
         None, description="GPU memory that a run may take, all in, such as 24GiB; null: all that is free"
@@ -322,6 +321,8 @@ class Recipe(Section):
         if isinstance(self.offload, dict):
             if self.method != "qlora":
                 problems.append(f"offload streams 4-bit layers and method is {self.method}; use method qlora")
+            if train.gradient_checkpointing == "off":
+                problems.append("offload computes layers again and train.gradient_checkpointing is off; drop one")
             if self.engine == "off":
                 problems.append("offload.resident_layers needs the engine, and engine is off; drop one of them")
         return problems
