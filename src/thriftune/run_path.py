@@ -147,7 +147,7 @@ def offload_record(path: Any, metrics: Path) -> OffloadRecord | None:
         return statistics.median(map(value, steps)) if steps else 0.0
 
     return OffloadRecord(
-        resident_layers=path.offload.resident,
+        resident_layers=len(path.streaming.resident),
         layers=path.offload.layers,
         inputs_on_host=path.offload.inputs_on_host,
         host_bytes=path.host_bytes,

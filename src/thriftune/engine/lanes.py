@@ -21,9 +21,6 @@ class LinkTimes:
     waited_s: float
     bytes: int
 
-    def __add__(self, other: LinkTimes) -> LinkTimes:
-        return LinkTimes(self.copy_s + other.copy_s, self.waited_s + other.waited_s, self.bytes + other.bytes)
-
 
 class Lane(Protocol):
     def send(self, source: Tensor, place: Tensor, free: Any) -> Any:
