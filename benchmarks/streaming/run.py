@@ -240,9 +240,7 @@ def summary(collector: Collector, offload: Offload | None, path: StepPath) -> di
     }
 
 
-def run_stage(
-    name: str, card: Card, attention: Attention, lengths: Path | None, keep: Any, ends: float
-) -> list[dict[str, Any]]:
+def run_stage(name: str, card: Card, lengths: Path | None, keep: Any, ends: float) -> list[dict[str, Any]]:
     """All cases of one model. Its slabs stay in host memory from the first to the last."""
     device, process = card.device, psutil.Process()
     started, cases = time.perf_counter(), CASES[name]
@@ -250,6 +248,7 @@ def run_stage(
     model = make_model(cases[0].model, device, 4096)
     shell_s, shell = time.perf_counter() - started, process.memory_info().rss
     make_slabs(model, print)
+    attention = choose_attention(device, model.program.layers)
     clear(device)
     slabs = model.layout.bytes * len(model.program.layers)
     host = {
@@ -292,7 +291,7 @@ def main() -> None:
     ends = time.perf_counter() + arguments.deadline_s
     quiet_libraries()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    card, attention = Card.untouched(device), choose_attention(device)
+    card = Card.untouched(device)
     arguments.results.mkdir(parents=True, exist_ok=True)
     facts = {"hardware": hardware(device), "versions": versions()}
 
@@ -302,7 +301,7 @@ def main() -> None:
         shown = {key: value for key, value in row.items() if key not in ("events", "losses")}
         print(json.dumps(shown), flush=True)
 
-    rows = run_stage("tiny", card, attention, arguments.lengths, keep, ends)  # loads every library
+    rows = run_stage("tiny", card, arguments.lengths, keep, ends)  # loads every library
     clear(device)
     card.measure_context()
     for stage in ["equality"] if arguments.tiny else arguments.stages.split(","):
@@ -312,7 +311,7 @@ def main() -> None:
             (arguments.results / "equality.jsonl").write_text("".join(json.dumps(row | facts) + "\n" for row in found))
             rows += found
         else:
-            rows += run_stage(stage, card, attention, arguments.lengths, keep, ends)
+            rows += run_stage(stage, card, arguments.lengths, keep, ends)
         clear(device)
         print(f"{stage}: {time.perf_counter() - started:.0f} s", flush=True)
     print(table(rows), flush=True)

@@ -167,7 +167,7 @@ def working_bytes(layer: LayerSizes, keep: Keep, element: int, fp8: bool) -> int
     in_norm = dy + 2 * width + dmiddle
     # The gradient of attention's result and of queries, keys and values, and cuDNN's float32 sums of three of them; the
     # gate's and up's product is gone.
-    in_attention = dmiddle + queries + layer.qkv.size_out + layer.qkv.rank + 6 * queries - _gate_up(layer)
+    in_attention = dmiddle + queries + layer.qkv.size_out + 6 * queries - _gate_up(layer)
     found = missing + (max(in_mlp, in_norm, in_attention) + width) * element
     if fp8:  # the largest product's factor in 8 bits, beside what is there then
         factor = layer.gate_up.size_out + FP8_PLACES * layer.gate_up.rank
