@@ -180,6 +180,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             load_s=loaded.load_s,
             adapter=str(adapter) if adapter else None,
             events=watching.events,
+            cuts=outcome.cuts if outcome else [],
             data=prepared.data.audit,
             plan=prepared.planned.chosen,
             reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
@@ -288,6 +289,7 @@ def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
         "examples_per_step": examples,
         "lora": recipe.lora.model_dump(mode="json") if recipe.method != "full" else None,
         "quant": recipe.quant.model_dump() if recipe.method == "qlora" else None,
+        "dynamic": recipe.dynamic.model_dump() if recipe.method == "dynamic" else None,
         **train,
     }
 

@@ -64,6 +64,11 @@ class Stack:
         return StackSizes(self.size_in, self.size_out, self.rank)
 
     @property
+    def home_YX(self) -> Tensor:  # noqa: N802
+        """The buffer of its own, or the one that it shares."""
+        return self.buffer_YX if self.common_YX is None else self.common_YX
+
+    @property
     def weight_OX(self) -> Tensor:  # noqa: N802
         return self.buffer_YX[: self.size_out]
 
@@ -101,6 +106,24 @@ class Stack:
     def _fill(self) -> None:
         for part, weight in zip(self.parts, self.packed, strict=True):
             unpack_four_bit(weight, self.buffer_YX[part.rows, : self.size_in])
+
+    def take_up(self, parts: list[Part], rank: int, common_YX: Tensor | None) -> None:
+        """Have these adapters, of this padded rank, instead. `common_YX` is the buffer that a stack of 4-bit weights
+        shares from here on; one of its own is made anew where the size changes, and 16-bit linears become its views."""
+        if rank != self.rank and not self.shared:
+            before_OI = self.buffer_YX[: self.size_out, : self.size_in]
+            self.buffer_YX = before_OI.new_zeros(self.size_out + rank, self.size_in + rank)
+            self.buffer_YX[: self.size_out, : self.size_in].copy_(before_OI)
+            for part in parts if common_YX is None else []:
+                part.linear.weight = nn.Parameter(self.buffer_YX[part.rows, : self.size_in], requires_grad=False)
+        if common_YX is not None and self.shared:
+            self.buffer_YX = common_YX
+        elif common_YX is not None:
+            self.common_YX = common_YX
+        self.parts, self.rank, self._to_shared = parts, rank, None
+        for buffer_YX in (self.buffer_YX, self.home_YX):  # no copy of what was there may stay
+            buffer_YX[self.size_out :, : self.size_in].zero_()
+            buffer_YX[: self.size_out, self.size_in :].zero_()
 
     def copies(self) -> list[Copy]:
         """The adapters' present values into the buffer, rounded to the base's type."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from thriftune.errors import DoesNotFitError, InputError
 from thriftune.model_files import read_config
-from thriftune.plan.plan import METHODS, Question, make_plan, plan_method
+from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device
 from thriftune.plan.show import three_lines
 from thriftune.plan.work import Rows
@@ -36,7 +36,7 @@ class RunPlan:
     @property
     def decision(self) -> tuple[float, ...]:
         """What all processes of a run must have decided alike, as numbers."""
-        return (float(METHODS.index(self.method)), float(self.rows_at_once), float(self.checkpointing))
+        return (float(KNOWN_METHODS.index(self.method)), float(self.rows_at_once), float(self.checkpointing))
 
     def lines(self) -> list[str]:
         """What to print before the run starts."""
@@ -106,7 +106,7 @@ def _without_plan(recipe: Recipe, note: str) -> RunPlan:
 
 
 def _method_name(text: str) -> MethodName:
-    names: dict[str, MethodName] = {"full": "full", "lora": "lora", "qlora": "qlora"}
+    names: dict[str, MethodName] = {"full": "full", "lora": "lora", "qlora": "qlora", "dynamic": "dynamic"}
     return names[text]
 
 

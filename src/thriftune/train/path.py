@@ -45,6 +45,10 @@ class StepPath(Protocol):
 
     def resume(self, state: Mapping[str, int | bool]) -> None: ...
 
+    def parameters_changed(self) -> None:
+        """To be called when the model has other trained parameters than before, of other sizes."""
+        ...
+
 
 @dataclass
 class GenericPath:
@@ -94,3 +98,6 @@ class GenericPath:
             if enable is not None:
                 enable()
                 self.recovery.checkpointing = True
+
+    def parameters_changed(self) -> None:
+        """Nothing: every pass goes through the model itself."""
