@@ -68,8 +68,7 @@ def directions_to_keep(
         block: directions stay in blocks of so many, so that ranks are its multiples.
         least: directions that every module keeps, as far as it has them.
 
-    The most valuable block comes first; one that no longer fits ends its module, and others go on. As blocks are whole
-    and budgets fall, a module's rank never grows from one cut to the next.
+    The most valuable block comes first; one that no longer fits ends its module, and others go on.
     """
     order = {name: values.argsort(descending=True, stable=True).tolist() for name, values in worth.items()}
     kept = {name: directions[:least] for name, directions in order.items()}
