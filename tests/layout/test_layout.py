@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"recipe", "records", "shapes", "catalog", "engine.sizes", "engine.takes"},
     "target": {"recipe", "records", "data", "models", "methods", "hub"},
     "merging": {"recipe", "records", "data", "models", "methods", "infer", "target"},
+    "shrinking": {"recipe", "methods", "infer", "target"},
     "planning": {"recipe", "records", "hub", "model_files", "data", "shapes", "catalog", "plan"},
     "measure": {
         *{"recipe", "records", "data", "shapes", "catalog", "plan", "planning", "models", "methods", "train"},
