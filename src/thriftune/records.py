@@ -315,6 +315,8 @@ class ReportCell(Record):
     curve_tokens: list[int] = Field(description="end of each stretch of steps, in tokens seen")
     curve_loss: list[float] = Field(description="mean loss over the target tokens of that stretch")
     curve_steps: int = Field(description="most steps in a stretch; 1: every step is there")
+    cuts: list[RankCut] = Field(default_factory=list)
+    start_rank: int | None = Field(None, description="of an adapter whose ranks are cut")
 
 
 class ReportPattern(Record):
