@@ -16,7 +16,8 @@ from torch import Tensor
 
 from thriftune.errors import InputError, ModelError
 from thriftune.infer.merge import folder_written_whole, refuse_taken
-from thriftune.methods.cuts import Turned, directions_to_keep, energy, turned
+from thriftune.lowrank import LowRank, lowrank_svd
+from thriftune.methods.cuts import directions_to_keep, energy
 from thriftune.methods.lora import ADAPTER_FILE, CONFIG_FILE, REPLACES_BASE, read_tensors
 from thriftune.methods.ranked import config_of_ranks
 from thriftune.recipe import DynamicRecipe
@@ -58,10 +59,10 @@ def shrink(name: str, output: Path, keep: float, round_to: int | None) -> dict[s
     config = adapter_config(target.adapter / CONFIG_FILE)
     tensors = read_tensors(target.adapter / ADAPTER_FILE)
     pairs = _pairs(target.adapter, tensors, config)
-    views = {module: turned(pair.b, pair.a) for module, pair in pairs.items()}
+    views = {module: lowrank_svd(pair.b.double(), pair.a.double()) for module, pair in pairs.items()}
     whole = sum(pair.a.shape[0] * pair.size for pair in pairs.values())
     kept = directions_to_keep(
-        {module: energy(pairs[module].scale * view.values_K, pairs[module].size) for module, view in views.items()},
+        {module: energy(pairs[module].scale * view.values_R, pairs[module].size) for module, view in views.items()},
         {module: pair.size for module, pair in pairs.items()},
         budget=int(keep * whole),
         block=round_to or DynamicRecipe().round_to,
@@ -114,7 +115,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     config: Any,
     pairs: Mapping[str, _Pair],
-    views: Mapping[str, Turned],
+    views: Mapping[str, LowRank],
     kept: Mapping[str, list[int]],
 ) -> None:
     """The cut factors, their configuration, and every other file and tensor as it was."""
@@ -125,10 +126,10 @@ def _write(
         if not directions:
             continue
         pair = pairs[module]
-        outward_RS, inward_SR = views[module].kept(directions)
-        stem = f"base_model.model.{module}"
-        written[f"{stem}.lora_A.weight"] = (inward_SR @ pair.a.double()).to(pair.a.dtype).contiguous()
-        written[f"{stem}.lora_B.weight"] = (pair.b.double() @ outward_RS).to(pair.b.dtype).contiguous()
+        view, stem = views[module], f"base_model.model.{module}"
+        roots_S = view.values_R[directions].sqrt()  # half of each value to either factor
+        written[f"{stem}.lora_A.weight"] = (roots_S[:, None] * view.right_RI[directions]).to(pair.a.dtype).contiguous()
+        written[f"{stem}.lora_B.weight"] = (view.left_OR[:, directions] * roots_S).to(pair.b.dtype).contiguous()
     save_file(written, folder / ADAPTER_FILE, metadata={"format": "pt"})
     ranks = {module: len(directions) for module, directions in kept.items()}
     config_of_ranks(config, ranks, {module: pair.scale for module, pair in pairs.items()}).save_pretrained(str(folder))
@@ -137,11 +138,11 @@ def _write(
             shutil.copy2(path, folder / path.name)
 
 
-def _kept_energy(pairs: Mapping[str, _Pair], views: Mapping[str, Turned], kept: Mapping[str, list[int]]) -> float:
+def _kept_energy(pairs: Mapping[str, _Pair], views: Mapping[str, LowRank], kept: Mapping[str, list[int]]) -> float:
     """The share of the squared norm of all modules' updates that stays."""
     total = stays = 0.0
     for module, view in views.items():
-        energies = (pairs[module].scale * view.values_K).square()
+        energies = (pairs[module].scale * view.values_R).square()
         total += float(energies.sum())
         stays += float(energies[kept[module]].sum())
     return stays / total if total else 1.0

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_files": {"recipe", "hub", "pocket"},
     "data": {"recipe", "records", "hub"},
     "models": {"recipe", "model_files", "shapes"},
-    "methods": {"recipe", "model_files", "models", "shapes", "lowrank"},
+    "methods": {"recipe", "model_files", "models", "shapes"},
     "lowrank": set(),
     "kernels": set(),
     "engine": {"recipe", "data", "kernels"},
@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"recipe", "records", "shapes", "catalog", "engine.sizes", "engine.takes"},
     "target": {"recipe", "records", "data", "models", "methods", "hub"},
     "merging": {"recipe", "records", "data", "models", "methods", "infer", "target"},
-    "shrinking": {"recipe", "methods", "infer", "target"},
+    "shrinking": {"recipe", "lowrank", "methods", "infer", "target"},
     "planning": {"recipe", "records", "hub", "model_files", "data", "shapes", "catalog", "plan"},
     "measure": {
         *{"recipe", "records", "data", "shapes", "catalog", "plan", "planning", "models", "methods", "train"},

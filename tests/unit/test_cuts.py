@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from thriftune.lowrank import lowrank_svd
 from thriftune.methods.base import Replacement
 from thriftune.methods.cuts import directions_to_keep, energy, turned
 from thriftune.recipe import DynamicRecipe, cut_schedule
@@ -35,8 +36,11 @@ def test_all_directions_together_are_the_same_function(shape):
 def test_fewer_are_the_nearest_product_of_that_rank(shape):
     b, a = factors(*shape)
     new_b, new_a, _, _ = cut(b, a, 3)
-    left, values, right = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
-    torch.testing.assert_close(new_b @ new_a, (left[:, :3] * values[:3]) @ right[:3], rtol=0, atol=1e-9)
+    found = lowrank_svd(b.double(), a.double())
+    nearest = (found.left_OR[:, :3] * found.values_R[:3]) @ found.right_RI[:3]
+    torch.testing.assert_close(new_b @ new_a, nearest, rtol=0, atol=1e-9)
+    values = turned(b, a).values_K
+    torch.testing.assert_close(values, found.values_R, rtol=0, atol=1e-6 * float(values[0]))
 
 
 def test_the_turned_a_is_as_large_as_a_was_and_its_rows_are_orthogonal():

@@ -1,15 +1,19 @@
 """The mathematics of a cut: an adapter's factors in the basis of their product's singular directions, and which of all
 modules' directions stay.
 
-B A is the same function as (B G)(G^-1 A) for any invertible G, so a factor's rows mean nothing by themselves; the
+B A is the same function as (B G)(G^- A) for any invertible G, so a factor's rows mean nothing by themselves; the
 singular directions of B A do (Eckart and Young 1936: keeping the largest is the nearest product of that rank). With
-B A = (left * values) @ right the turned factors are
+A^T = Q R_a, B A = (left * values) @ right, right = V^T Q^T and a number d, the turned factors are
 
-    B' = B G = left * values / d       G    = A right^T / d
-    A' = G^- A = d right               G^-  = d right A^T (A A^T)^-1
+    B' = B G = left * values / d       G   = R_a^T V / d
+    A' = G^- A = d right               G^- = d V^T R_a^-T
 
 of which a cut keeps some columns and rows. d is the mean norm of A's rows: A' is then as large as A was, and so is the
 rate at which A and B learn.
+
+Q is never needed: R_a comes from A A^T = R_a^T R_a, and V and the squared values are the eigenpairs of R_a B^T B R_a^T.
+So only R x R matrices are decomposed, in float64, where squaring costs nothing that float32 factors have; a cut of an
+8B's 224 modules is then 448 of them. `thriftune.lowrank` has the decomposition itself, which tests compare with.
 
 Shape legend: O out, I in, R rank as it is, K directions, S directions that stay.
 """
@@ -21,8 +25,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from thriftune.lowrank import lowrank_svd
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,26 @@ class Turned:
 
 
 def turned(b_OR: Tensor, a_RI: Tensor) -> Turned:
-    """In float64, whatever the factors are: inverting A A^T squares its condition."""
+    """K = min(O, I, R) directions. The small matrices are decomposed on the CPU, which is faster at them than a GPU."""
+    count = min(b_OR.shape[0], *a_RI.shape)
     b_OR, a_RI = b_OR.double(), a_RI.double()
-    found = lowrank_svd(b_OR, a_RI)
-    norm = a_RI.norm(dim=1).mean()
+    of_b_RR, of_a_RR = (b_OR.T @ b_OR).cpu(), (a_RI @ a_RI.T).cpu()
+    squares_R, basis_RR = torch.linalg.eigh(of_a_RR)
+    tiny = squares_R.max() * squares_R.shape[0] * torch.finfo(torch.float64).eps
+    roots_R1 = squares_R.clamp(min=0).sqrt()[:, None]
+    inverse_R1 = torch.where(squares_R[:, None] > tiny, 1 / roots_R1, 0.0)
+    upper_RR = roots_R1 * basis_RR.T
+    squares_R, rotation_RR = torch.linalg.eigh(upper_RR @ of_b_RR @ upper_RR.T)
+    values_K = squares_R.flip(0)[:count].clamp(min=0).sqrt()
+    rotation_RK = rotation_RR.flip(1)[:, :count]
+    norm = of_a_RR.diagonal().sqrt().mean()
     norm = norm if float(norm) > 0 else torch.ones_like(norm)
-    across_KR = found.right_RI @ a_RI.T
-    gram_RR = (a_RI @ a_RI.T).cpu()
-    inverse_RR = torch.linalg.pinv(gram_RR, hermitian=True).to(a_RI.device)
-    return Turned(found.values_R.cpu(), across_KR.T / norm, norm * (across_KR @ inverse_RR))
+    device = a_RI.device
+    return Turned(
+        values_K,
+        outward_RK=(upper_RR.T @ rotation_RK / norm).to(device),
+        inward_KR=(norm * rotation_RK.T @ (inverse_R1 * basis_RR.T)).to(device),
+    )
 
 
 def energy(values_K: Tensor, size: int) -> Tensor:
