@@ -198,7 +198,7 @@ def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str |
 def _cuts_note(case: Case, steps: int) -> str:
     """The peak is that of the start; what cuts free is for nothing that comes before them."""
     schedule = cut_schedule(case.recipe.dynamic, steps)
-    told = ", ".join(f"{share:.0%} after step {step:,}" for step, share in schedule.items())
+    told = ", ".join(f"{100 * share:.0f} % after step {step:,}" for step, share in schedule.items())
     return f"starts at rank {case.recipe.dynamic.r_start}, which the peak is for; of the adapter stays {told}"
 
 
