@@ -11,7 +11,7 @@ from thriftune.report.svg import LINE, Drawing
 from thriftune.units import format_count
 
 LEFT = 92.0  # pixels for the modules' names
-ROW = 12.0
+ROW = 14.0
 LEVELS = 8  # shades in page.css: .rank1 to .rank8
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 CAPTION = (
@@ -43,7 +43,7 @@ def _figure(cell: ReportCell, label: str) -> Figure:
             top = height * number + LINE + 4
             drawing.text(0, top - 6, _heading(cut, width), "t strong")
             for row, kind in enumerate(kinds):
-                drawing.text(LEFT - 6, top + ROW * row + 9, kind, "t mute", "end")
+                drawing.text(LEFT - 6, top + ROW * row + 10, kind, "t mute", "end")
             for name, rank in cut.ranks.items():
                 kind, layer = _place(name)
                 level = 0 if rank == 0 else max(1, round(LEVELS * rank / start))
