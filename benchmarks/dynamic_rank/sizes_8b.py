@@ -107,7 +107,7 @@ def job_of(method: str, arguments: argparse.Namespace, device: torch.device) -> 
     if reason is not None:
         sys.exit(f"the engine does not take this model here: {reason}")
     step_tokens = largest_step(job.order, job.lengths, 1)
-    path = engine_path(model, device, job.lengths, step_tokens, 12 * trainable_parameters(model), "auto")
+    path = engine_path(model, device, job.lengths, step_tokens, 12 * trainable_parameters(model), "auto", False)
     return replace(job, path=path), of_base
 
 

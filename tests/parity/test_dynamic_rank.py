@@ -187,7 +187,7 @@ def test_the_engines_buffers_shrink_and_the_linears_stay_views_of_them(model, ro
         for name, parameter in attached.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_()
-    path = engine_path(attached, CPU, [18], 36, 0, "off")
+    path = engine_path(attached, CPU, [18], 36, 0, "off", False)
     stacks = [stack for layer in path.program.layers for stack in layer.stacks]
     weights = {name: p.detach().clone() for name, p in attached.named_parameters() if "base_layer" in name}
     before = sum(stack.buffer_YX.nbytes for stack in stacks)
@@ -218,7 +218,7 @@ def test_stacks_of_4_bit_weights_follow_adapters_of_other_ranks(model, rows, tmp
         for name, parameter in attached.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(0.0, 0.1)
-    path = engine_path(attached, CPU, [18], 36, 0, "off")
+    path = engine_path(attached, CPU, [18], 36, 0, "off", False)
     if held:
         path.program.layers[0].hold()
     tokens = IDS_BT.numpy()
@@ -353,6 +353,7 @@ def test_readers_that_know_one_rank_and_one_alpha_get_every_modules_scale(traine
         ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights is not supported"),
         ({"lora": {"options": {"rank_pattern": {"q_proj": 2}}}}, "lora.options.rank_pattern is not supported"),
         ({"lora": {"options": {"alpha_pattern": {"q_proj": 2}}}}, "lora.options.alpha_pattern is not supported"),
+        ({"precision": "fp8"}, "precision fp8 is not built in for a rank that changes"),
         ({"dynamic": {"first_cut": 0.6}}, "first_cut 0.6 comes after dynamic.last_cut 0.5"),
         ({"dynamic": {"min_rank": 6}}, "min_rank 6 in every module is more than"),
         ({"train": {"load_best_model_at_end": True}}, "could go back to before a cut"),

@@ -28,6 +28,8 @@ def contradictions_of_dynamic(recipe: Recipe) -> list[str]:
             "train.load_best_model_at_end could go back to before a cut, to a larger adapter than asked for; drop it "
             "with method dynamic"
         )
+    if recipe.precision == "fp8":
+        problems.append("precision fp8 is not built in for a rank that changes; use precision=auto with method dynamic")
     unlike_plain = {
         "lora.use_dora": lora.use_dora,
         "lora.bias": lora.bias != "none",

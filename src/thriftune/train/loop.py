@@ -246,9 +246,11 @@ def _start_or_resume(job: TrainJob, path: StepPath, observers: Observers) -> tup
         return fresh, None
     folder, state = found
     check_identity(folder, state, job.identity)
+    before = job.trainable
     job.method.load(job.model, folder)
     job.parameters_changed()
-    path.parameters_changed()
+    if {*map(id, job.trainable)} != {*map(id, before)}:
+        path.parameters_changed()
     path.resume(state.path)
     observers.events[:0] = [text for text in state.events if text not in observers.events]
     observers.event(f"resumed from {folder} at step {state.step}")
