@@ -90,6 +90,27 @@ class StepMetrics(Record):
     events: list[str] = Field(default_factory=list, description="what happened: out of memory and what was done ...")
 
 
+class RankCut(Record):
+    """A cut of an adapter's ranks between two steps, of method dynamic. The losses are those of the step's examples.
+
+    `held` bytes are those of the trained parameters, their gradients and the optimizer's states, counted from their
+    sizes; `allocated` ones all that the GPU's allocator has handed out at that moment.
+    """
+
+    step: int
+    share: float = Field(description="of the parameters at the start, how many could stay")
+    ranks: dict[str, int] = Field(description="module -> rank from here on; 0: it lost its adapter")
+    loss_before: float
+    loss_after: float
+    parameters_before: int
+    parameters_after: int
+    held_bytes_before: int
+    held_bytes_after: int
+    allocated_bytes_before: int | None = None
+    allocated_bytes_after: int | None = None
+    cut_s: float
+
+
 class EvalResult(Record):
     """A score with its Wilson 95 % interval (`low`, `high`); every answer is kept in the `answers` file."""
 
@@ -202,6 +223,7 @@ class RunRecord(Record):
     load_s: float
     adapter: str | None = Field(description="folder of the result: a PEFT adapter, or a whole model for method full")
     events: list[str] = Field(default_factory=list)
+    cuts: list[RankCut] = Field(default_factory=list, description="of an adapter's ranks, by method dynamic")
     data: DataAudit | None = None
     plan: PlannedMethod | None = Field(None, description="what the planner expected; the measurements stand beside it")
     reserved_bytes: int = 0
@@ -311,6 +333,8 @@ class ReportCell(Record):
     curve_tokens: list[int] = Field(description="end of each stretch of steps, in tokens seen")
     curve_loss: list[float] = Field(description="mean loss over the target tokens of that stretch")
     curve_steps: int = Field(description="most steps in a stretch; 1: every step is there")
+    cuts: list[RankCut] = Field(default_factory=list)
+    start_rank: int | None = Field(None, description="of an adapter whose ranks are cut")
 
 
 class ReportPattern(Record):

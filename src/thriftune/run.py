@@ -197,6 +197,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             load_s=loaded.load_s,
             adapter=str(adapter) if adapter else None,
             events=watching.events,
+            cuts=outcome.cuts if outcome else [],
             data=prepared.data.audit,
             plan=prepared.planned.chosen,
             reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
@@ -264,22 +265,11 @@ def _job(
 def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common."""
     recipe = prepared.recipe
-    train = recipe.train.model_dump(
-        include={
-            "learning_rate",
-            "num_train_epochs",
-            "max_steps",
-            "optim",
-            "weight_decay",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_epsilon",
-            "max_grad_norm",
-            "lr_scheduler_type",
-            "warmup_steps",
-            "warmup_ratio",
-        }
-    )
+    settings = {
+        *("learning_rate", "num_train_epochs", "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
+        *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
+    }
+    train = recipe.train.model_dump(include=settings)
     examples = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world
     return {
         "model": recipe.model.name,
@@ -293,6 +283,7 @@ def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
         "examples_per_step": examples,
         "lora": recipe.lora.model_dump(mode="json") if recipe.method != "full" else None,
         "quant": recipe.quant.model_dump() if recipe.method == "qlora" else None,
+        "dynamic": recipe.dynamic.model_dump() if recipe.method == "dynamic" else None,
         **train,
     }
 

@@ -21,14 +21,15 @@ from thriftune.errors import InputError
 from thriftune.recipe import Recipe, did_you_mean, option_place, read_recipe
 
 BASE = "base"
-METHODS = (BASE, "full", "lora", "qlora")
+METHODS = (BASE, "full", "lora", "qlora", "dynamic")
 TRAINED = METHODS[1:]
 RATE = "train.learning_rate"
 LISTS = ("lora.target_modules", "lora.modules_to_save", "report_to")  # a comma inside is part of one value
-EFFECT = {"lora": ("lora", "qlora"), "quant": ("qlora",)}  # section -> the methods on which it has one
+# Section -> the methods on which it has an effect.
+EFFECT = {"lora": ("lora", "qlora", "dynamic"), "quant": ("qlora",), "dynamic": ("dynamic",)}
 LONGEST_NAME = 100
-# Sections and options that may differ between cells without making them incomparable; all of lora and quant may.
-SWEPT_SECTIONS = ("lora", "quant")
+# What may differ between cells without making them incomparable: whole sections, and single options.
+SWEPT_SECTIONS = ("lora", "quant", "dynamic")
 SWEPT = {
     *{RATE, "model.dtype", "model.attn_implementation", "train.optim", "train.weight_decay", "train.max_grad_norm"},
     *{"train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.lr_scheduler_type", "train.warmup_steps"},
@@ -182,7 +183,7 @@ def _read_words(words: Sequence[str], methods: Sequence[str]) -> _Words:
             if len(found.problems) > 1
             else f"{found.problems[0]}",
             allowed="KEY=VALUE for all methods, METHOD:KEY=VALUE for one; several values of lora.*, quant.*, "
-            "learning_rate and the optimizer's options make a sweep",
+            "dynamic.*, learning_rate and the optimizer's options make a sweep",
             do="correct that and run again",
         )
     return found
@@ -203,7 +204,7 @@ def _all_places() -> list[str]:
 def _add(
     found: _Words, method: str | None, written: str, place: str, text: str, word: str, methods: Sequence[str]
 ) -> None:
-    splits = place.partition(".")[0] in ("lora", "quant", "train") and place not in LISTS
+    splits = place.partition(".")[0] in (*SWEPT_SECTIONS, "train") and place not in LISTS
     splits = splits and not place.startswith("lora.options")
     texts = [part.strip() for part in text.split(",")] if splits and not text.lstrip().startswith("[") else [text]
     if method is None:

@@ -1,9 +1,11 @@
 """The typed recipe of a run: schema and defaults (`schema.py`), and how it is read and written (`read.py`)."""
 
+from thriftune.recipe.dynamic import cut_schedule
 from thriftune.recipe.nearest import did_you_mean
 from thriftune.recipe.read import dump_yaml, option_place, read_recipe
 from thriftune.recipe.schema import (
     DataRecipe,
+    DynamicRecipe,
     GenerationRecipe,
     LoraRecipe,
     MethodName,
@@ -15,6 +17,7 @@ from thriftune.recipe.schema import (
 
 __all__ = [
     "DataRecipe",
+    "DynamicRecipe",
     "GenerationRecipe",
     "LoraRecipe",
     "MethodName",
@@ -22,6 +25,7 @@ __all__ = [
     "QuantRecipe",
     "Recipe",
     "TrainRecipe",
+    "cut_schedule",
     "did_you_mean",
     "dump_yaml",
     "option_place",

@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from thriftune.errors import RecipeError
+from thriftune.recipe.dynamic import contradictions_of_dynamic
 from thriftune.recipe.nearest import did_you_mean
 from thriftune.units import parse_bytes
 
-MethodName = Literal["auto", "lora", "qlora", "full"]
+MethodName = Literal["auto", "lora", "qlora", "dynamic", "full"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -24,7 +25,7 @@ MAX_SEED = 2**32 - 1  # what numpy takes
 
 # Learning rates when the recipe names none. Adapters start from zero and take about ten times the rate of full
 # fine-tuning (Hu et al. 2021, section F; Biderman et al. 2024, "LoRA Learns Less and Forgets Less", section 6).
-LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "dynamic": 2e-4, "full": 2e-5}
 
 
 class Section(BaseModel):
@@ -83,7 +84,7 @@ class DataRecipe(Section):
 
 class TrainRecipe(Section):
     learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = Field(
-        None, description="peak learning rate; by method when not given (2e-4 lora and qlora, 2e-5 full)"
+        None, description="peak learning rate; by method when not given (2e-5 full, 2e-4 the others)"
     )
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="passes over the data"
@@ -192,6 +193,21 @@ class LoraRecipe(Section):
         return value
 
 
+class DynamicRecipe(Section):
+    """Of method dynamic, whose adapter starts with `r_start` in the place of lora.r."""
+
+    r_start: Positive = Field(64, description="rank at the start; the update is lora.alpha / r_start * B A to the end")
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the adapter's parameters at the end")
+    first_cut: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the steps before the first cut")
+    last_cut: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the steps before the last cut")
+    n_cuts: Positive = Field(4, description="cuts, evenly spaced; the first ones take most")
+    round_to: Positive = Field(8, description="a module's rank falls by whole blocks of so many directions")
+    min_rank: NonNegative = Field(0, description="rank that every module keeps; at 0 a module may lose its adapter")
+    score: Literal["energy", "random"] = Field(
+        "energy", description="which directions stay: those with the most energy a parameter, or (a control) any"
+    )
+
+
 def _comma_list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -223,6 +239,7 @@ class Recipe(Section):
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     quant: QuantRecipe = Field(default_factory=QuantRecipe)
+    dynamic: DynamicRecipe = Field(default_factory=DynamicRecipe)
     generation: GenerationRecipe = Field(default_factory=GenerationRecipe)
     output: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="folder of the run; runs/<model>-<data>-<method> when not given"
@@ -316,6 +333,8 @@ class Recipe(Section):
                 )
             if train.save_strategy == "no":
                 problems.append("train.load_best_model_at_end needs train.save_strategy steps or epoch, got no")
+        if self.method == "dynamic":
+            problems += contradictions_of_dynamic(self)
         if self.method == "full" and self.lora != LoraRecipe():
             problems.append("lora.* options have no effect with method full; drop them or use method lora or qlora")
         if isinstance(self.offload, dict):
@@ -326,6 +345,10 @@ class Recipe(Section):
             if self.engine == "off":
                 problems.append("offload.resident_layers needs the engine, and engine is off; drop one of them")
         return problems
+
+    def adapter_at_start(self, method: str) -> LoraRecipe:
+        """The adapter that a run with `method` starts with."""
+        return self.lora.model_copy(update={"r": self.dynamic.r_start}) if method == "dynamic" else self.lora
 
     @property
     def resident_layers(self) -> int | None:

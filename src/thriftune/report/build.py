@@ -157,6 +157,8 @@ def _cell(cell: Cell) -> ReportCell:
         curve_tokens=tokens,
         curve_loss=losses,
         curve_steps=most,
+        cuts=run.cuts if run else [],
+        start_rank=recipe.dynamic.r_start if recipe and recipe.method == "dynamic" else None,
     )
 
 

@@ -13,7 +13,7 @@ from thriftune.records import EvalResult
 from thriftune.report.cells import BASE, Cell
 from thriftune.report.statistics import Estimate, mean, over_rows_and_seeds, share_interval, spread
 
-ORDER = ("full", "lora", "qlora")
+ORDER = ("full", "lora", "qlora", "dynamic")
 LOWER_IS_BETTER = ("perplexity", "loss", "bits_per_byte", "bits per byte", "error", "wer", "cer", "brier")
 Z_95 = 1.959963984540054
 

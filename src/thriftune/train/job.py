@@ -15,6 +15,7 @@ from torch import nn
 from thriftune.data import Example, StepOrder
 from thriftune.methods.base import Method
 from thriftune.recipe import Recipe
+from thriftune.records import RankCut
 from thriftune.train.distributed import Processes
 from thriftune.train.loss import accepts_logits_to_keep
 from thriftune.train.path import GenericPath, StepPath
@@ -50,6 +51,10 @@ class TrainJob:
     @functools.cached_property
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def parameters_changed(self) -> None:
+        """To be called when trained parameters were put in others' places."""
+        self.__dict__.pop("trainable", None)
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -123,3 +128,4 @@ class TrainOutcome:
     train_s: float
     optimizer: str
     losses: list[float] = field(default_factory=list)
+    cuts: list[RankCut] = field(default_factory=list)
