@@ -216,6 +216,8 @@ class CellRecord(Record):
     first_token_s: float | None = Field(None, description="median time to the first token, the adapter beside its base")
     merged_first_token_s: float | None = Field(None, description="the same with the adapter folded into its base")
     result_bytes: int | None = Field(None, description="files of the adapter, or of the whole model for method full")
+    at_once: int = Field(1, description="cells that ran at once, this one among them")
+    sharing: int = Field(0, description="others of them on the same device: then times tell nothing of the method")
 
 
 class ReportValue(Record):
@@ -343,6 +345,7 @@ class ReportRecord(Record):
     cells: list[ReportCell]
     search: dict[str, Any] | None
     hardware: dict[str, Any]
+    share_a_device: bool = Field(False, description="cells ran beside others on it, so that times compare nothing")
     versions: dict[str, list[str]]
     commands: list[str]
     notes: list[str]

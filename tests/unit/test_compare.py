@@ -180,7 +180,7 @@ def job(tmp_path) -> CellJob:
     cell, folder = grid.cells[0], tmp_path / "cell"
     question = Question("reviews", "test", 4, None)
     plan = work.plan_cells(PlanJob({"lora": cell.recipe("planned")}, question, task_is_named=True)).plans["lora"]
-    return CellJob(folder, "lora", "lora", 42, {}, cell.recipe(str(folder)), plan, question, False, "test")
+    return CellJob(folder, "lora", "lora", 42, {}, cell.recipe(str(folder)), plan, question, False, "test", 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,35 @@ def test_what_does_not_fit_beforehand_is_a_row_without_a_run(job, monkeypatch):
     record = work.run_cell(job)
     assert (record.status, record.reason) == ("refused", "90 GiB planned, 80 GiB free; take qlora")
     assert sorted(path.name for path in job.folder.iterdir()) == ["cell.json"]
+
+
+# ---------------------------------------------------------------- several at once
+
+
+def test_cells_at_once_come_to_the_same_scores_and_their_times_are_not_compared(run, here):
+    words = (*SMALL, "--methods", "base,full,lora", "--seeds", "1", "full:learning_rate=1e-3")
+    alone = run("compare", *words, "-o", "alone", "--json").ok().json
+    shown = run("compare", *words, "--at-once", "3", "-o", "beside", "--json").ok()
+    beside = shown.json
+    assert [cell["value"] for cell in alone["cells"]] == [cell["value"] for cell in beside["cells"]]
+    assert alone["search"] == beside["search"]
+    first, last = (shown.err.index(f"[{place}/3] ") for place in (1, 3))
+    assert shown.err.count("] ", first, last) == 2, "the third cell begins before the first one ends"
+    cell = cell_of(Path("beside"), "lora-seed42")
+    assert (cell.at_once, cell.sharing) == (3, 2)
+    assert "times" in " ".join(beside["notes"]) and "the speed" not in beside["verdict"]
+    run("compare", *words, "-o", "beside").refused("at_once: 3 there, 1 asked for")
+
+
+def test_several_cells_stop_together_and_go_on_together(run, here):
+    words = (*SMALL, RATE, "--methods", "full,lora", "--seeds", "1", "--at-once", "2", "-o", "out")
+    cells = Path("out/cells")
+    asked = once(cells / "lora-seed42" / "recipe.yaml", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run("compare", *words).refused("goes on with what is missing", code=143)
+    asked.join()
+    assert multiprocessing.active_children() == []
+    run("compare", *words).ok()
+    assert {cell_of(Path("out"), name).status for name in ("full-seed42", "lora-seed42")} == {"done"}
 
 
 # ---------------------------------------------------------------- the search, the budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from thriftune.compare.budget import Rent, limit_s, trim
 from thriftune.compare.folder import check, claim
 from thriftune.compare.grid import Cell, Grid, make_grid
 from thriftune.compare.jobs import Question
-from thriftune.compare.rates import Tried, best_rate, search_rates, search_recipe, search_seed, search_steps
+from thriftune.compare.rates import Tried, best_rate, search_recipe, search_seed, search_steps, waves_of_rates
 from thriftune.errors import InputError, OutputError, RecipeError
 from thriftune.planning import read_market
 
@@ -108,16 +109,16 @@ def test_a_value_that_a_recipe_refuses_is_refused_before_anything_runs():
 
 
 def test_a_comparison_may_grow_and_nothing_of_it_may_change(tmp_path):
-    claim(tmp_path, grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, True)
-    check(tmp_path, grid("lora_r=4", methods="base,lora,qlora", seeds="3"), QUESTION, True)
+    claim(tmp_path, grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, True, 1)
+    check(tmp_path, grid("lora_r=4", methods="base,lora,qlora", seeds="3"), QUESTION, True, 1)
     refused = {
-        "lora.r is 4 there, 8": (grid("lora_r=8", methods="base,lora", seeds="1"), QUESTION, True),
-        "methods: base there": (grid("lora_r=4", methods="lora", seeds="1"), QUESTION, True),
-        "seeds: 42 there": (grid("lora_r=4", methods="base,lora", seeds="7,"), QUESTION, True),
+        "lora.r is 4 there, 8": (grid("lora_r=8", methods="base,lora", seeds="1"), QUESTION, True, 1),
+        "methods: base there": (grid("lora_r=4", methods="lora", seeds="1"), QUESTION, True, 1),
+        "seeds: 42 there": (grid("lora_r=4", methods="base,lora", seeds="7,"), QUESTION, True, 1),
         "task: reviews there, sums": (
-            grid("lora_r=4", methods="base,lora", seeds="1"), Question("sums", "test", None, None), True,
+            grid("lora_r=4", methods="base,lora", seeds="1"), Question("sums", "test", None, None), True, 1,
         ),
-        "search: True there": (grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, False),
+        "search: True there": (grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, False, 1),
     }  # fmt: skip
     for said, asked in refused.items():
         with pytest.raises(InputError, match="another comparison") as caught:
@@ -128,7 +129,7 @@ def test_a_comparison_may_grow_and_nothing_of_it_may_change(tmp_path):
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError):
-        claim(tmp_path, grid(), QUESTION, True)
+        claim(tmp_path, grid(), QUESTION, True, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -171,9 +172,23 @@ def test_dollars_are_those_of_the_named_gpu_and_refused_without_one():
 # ---------------------------------------------------------------- the search
 
 
+def searched(default: float, measure: Callable[[float], Tried]) -> list[Tried]:
+    """All that a search tries when each rate comes out as `measure` says."""
+    waves, tried = waves_of_rates(default), []
+    wave = next(waves)
+    while True:
+        assert wave and len(set(wave)) == len(wave)
+        found = [measure(rate) for rate in wave]
+        tried += found
+        try:
+            wave = waves.send(found)
+        except StopIteration:
+            return tried
+
+
 @pytest.mark.parametrize("best", [3e-7, 2e-5, 3e-4, 0.02])
 def test_the_search_walks_to_the_valley_and_looks_on_both_sides(best):
-    tried = search_rates(2e-4, lambda rate: Tried(rate, abs(math.log(rate / best))))
+    tried = searched(2e-4, lambda rate: Tried(rate, abs(math.log(rate / best))))
     found = best_rate(tried)
     assert found is not None
     assert best / 2.1 <= found <= best * 2.1
@@ -182,7 +197,7 @@ def test_the_search_walks_to_the_valley_and_looks_on_both_sides(best):
 
 
 def test_rates_that_diverge_are_passed_over_and_the_way_is_down():
-    tried = search_rates(2e-4, lambda rate: Tried(rate, None, "diverged") if rate > 5e-5 else Tried(rate, 1.0))
+    tried = searched(2e-4, lambda rate: Tried(rate, None, "diverged") if rate > 5e-5 else Tried(rate, 1.0))
     assert best_rate(tried) is not None and best_rate(tried) < 5e-5
     assert best_rate([Tried(1.0, math.nan), Tried(2.0, None, "diverged")]) is None
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,14 @@ from thriftune.units import format_bytes
 PROMPTS = 8  # of the task, for the time to the first token
 REPEATS = 3
 PLAIN_PROMPT = "What is the capital of France, and why is it known?"  # for tasks whose answers hold no prompts
+
+
+def work(function: str, argument: Any, threads: int | None) -> Any:
+    """What the parent asked a child for. `threads`: of the processor; None leaves them as they are."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    functions: dict[str, Callable[[Any], Any]] = {"plan_cells": plan_cells, "try_rate": try_rate, "run_cell": run_cell}
+    return functions[function](argument)
 
 
 def plan_cells(job: PlanJob) -> Planned:
@@ -218,6 +227,8 @@ def _score(job: CellJob) -> CellRecord:
         first_token_s=waited_s,
         merged_first_token_s=merged_s,
         result_bytes=_result_bytes(job),
+        at_once=job.at_once,
+        sharing=job.sharing,
     )
     write_record(job.folder / "cell.json", record)
     return record

@@ -3,7 +3,8 @@
 1. A trained variant has to beat the base by more than chance; when none does, the base is kept.
 2. Of those that do, the ones from which the best differs by no more than chance are equals.
 3. Of the equals the fastest is taken; among those about as fast (within a tenth, or with seeds that overlap), the one
-   with the least memory; then the one that trains the fewest parameters.
+   with the least memory; then the one that trains the fewest parameters. Times of cells that shared a device are not
+   looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from thriftune.records import PairTest, ReportRow, ReportValue
 from thriftune.report.cells import BASE
-from thriftune.report.variants import Metric, Scored, Variant
+from thriftune.report.variants import Metric, Scored, Variant, share_a_device
 from thriftune.report.wording import (
     STATUS_WORDS,
     difference_range,
@@ -46,7 +47,9 @@ class Facts:
         return found
 
     def value(self, key: str, variant: Variant) -> ReportValue | None:
-        """None where the table has a dash."""
+        """None where the table has a dash, and for times that do not compare variants."""
+        if key == "train" and share_a_device(self.variants):
+            return None
         for row in self.table:
             if row.key == key:
                 value = row.values[self.variants.index(variant)]
