@@ -90,6 +90,7 @@ def run_demo(output: Path, say: Callable[[str], None], limit: int | None) -> Dem
             output=output,
             searches=False,
             at_once=1,
+            tries_at_once=1,
             gpu=None,
             budget_usd=None,
             budget_hours=None,

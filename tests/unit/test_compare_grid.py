@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from thriftune.catalog.gpus import find_gpu
+from thriftune.catalog.gpus import LocalGpu, find_gpu
+from thriftune.compare import child
 from thriftune.compare.budget import Rent, limit_s, trim
+from thriftune.compare.child import Seat
 from thriftune.compare.folder import check, claim
 from thriftune.compare.grid import Cell, Grid, make_grid
 from thriftune.compare.jobs import Question
@@ -211,3 +213,20 @@ def test_a_try_trains_on_the_training_split_alone_with_a_seed_of_its_own():
     assert recipe.train.warmup_steps == 6 and recipe.train.learning_rate == 1e-3
     assert search_steps(30) == 30 and search_steps(100) == 50
     assert search_seed([2**32 - 1]) != 2**32 - 1
+
+
+# ---------------------------------------------------------------- several at once
+
+
+def test_seats_take_the_gpus_in_turn_and_share_the_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    gpus = [LocalGpu(0, "GPU-a", "A", None, None, None, None), LocalGpu(1, "", "B", None, None, None, None)]
+    monkeypatch.setattr(child, "local_gpus", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert child.seats(1) == (Seat(),)
+    assert child.seats(2) == (Seat("GPU-a", 6, 0), Seat("1", 6, 0))
+    assert child.seats(3) == (Seat("GPU-a", 4, 1), Seat("1", 4, 0), Seat("GPU-a", 4, 1))
+    monkeypatch.setattr(child, "local_gpus", list)
+    assert child.seats(2) == (Seat(None, 6, 1), Seat(None, 6, 1))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert child.seats(2) == (Seat(None, None, 1), Seat(None, None, 1))

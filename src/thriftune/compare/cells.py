@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.compare.budget import Rent, Trimmed, plan_words, planned_s
-from thriftune.compare.child import KILLED, Children, Ended, Seat, Work
+from thriftune.compare.child import KILLED, Children, Ended, Seat, Work, seats
 from thriftune.compare.folder import cell_folder, read_cell, spent_s
 from thriftune.compare.grid import BASE, Cell, Grid
 from thriftune.compare.jobs import Asked, CellJob, Planned, Question
@@ -48,7 +48,7 @@ class CellRunner:
         for cell in trimmed.skipped:
             self._leave(cell, "skipped", trimmed.note)
         self._left = list(trimmed.kept)
-        self.children.work_through(self._following, self._ended)
+        self.children.work_through(seats(self.asked.at_once), self._following, self._ended)
         return self._notes
 
     def _following(self, seat: Seat) -> Work | None:

@@ -105,11 +105,10 @@ def seats(at_once: int) -> tuple[Seat, ...]:
 
 
 class Children:
-    """Runs as many children at once as there are seats. `stopped_by` is the signal that asked to stop, 0 before."""
+    """Runs children, as many at once as there are seats. `stopped_by` is the signal that asked to stop, 0 before."""
 
-    def __init__(self, folder: Path, places: Sequence[Seat] = (Seat(),)) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._free = list(places)
         self._running: list[_Running] = []
         self.stopped_by = 0
         forks = "forkserver" in multiprocessing.get_all_start_methods() and not local_gpus()
@@ -120,13 +119,19 @@ class Children:
     def call(self, function: str, argument: Any) -> Ended:
         """One child alone. Raises StoppedBySignal when one was asked for."""
         waiting, found = [Work(None, function, argument)], []
-        self.work_through(lambda _: waiting.pop() if waiting else None, lambda _, ended: found.append(ended))
+        self.work_through(seats(1), lambda _: waiting.pop() if waiting else None, lambda _, ended: found.append(ended))
         return found[0]
 
-    def work_through(self, following: Callable[[Seat], Work | None], ended: Callable[[Work, Ended], None]) -> None:
+    def work_through(
+        self,
+        places: Sequence[Seat],
+        following: Callable[[Seat], Work | None],
+        ended: Callable[[Work, Ended], None],
+    ) -> None:
         """Keep every seat busy until there is no work and nobody works.
 
         Args:
+            places: the seats.
             following: what to do next in this seat; None when there is nothing to start, now or ever. It is asked again
                 after each end.
             ended: told of each end, in the order in which they come.
@@ -134,20 +139,23 @@ class Children:
         Raises StoppedBySignal when one was asked for, and what the two functions raise; then the other children are
         asked to stop, and have ended.
         """
+        free = list(places)
         try:
             while True:
                 self.raise_if_stopped()
-                while self._free and (work := following(self._free[0])) is not None:
-                    self._start(work, self._free.pop(0))
+                while free and not self.stopped_by and (work := following(free[0])) is not None:
+                    self._start(work, free.pop(0))
                 if not self._running:
+                    self.raise_if_stopped()
                     return
                 one = self._next_to_end()
                 how = self._collect(one)
+                free.append(one.seat)
                 self.raise_if_stopped()
                 ended(one.work, how)
         finally:
             if not self.stopped_by:  # else they have been asked already
-                self._hand_on(signal.SIGTERM)
+                self._hand_on(self._running, signal.SIGTERM)
             while self._running:
                 self._collect(self._running[0])
 
@@ -167,7 +175,7 @@ class Children:
 
         def ask(number: int, _frame: Any) -> None:
             self.stopped_by = number
-            self._hand_on(number)
+            self._hand_on(self._running, number)
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -187,7 +195,7 @@ class Children:
         self._running.append(_Running(work, seat, process, reading))
         writing.close()
         if self.stopped_by:  # asked for while the child was started
-            self._hand_on(self.stopped_by)
+            self._hand_on(self._running[-1:], self.stopped_by)
 
     def _next_to_end(self) -> _Running:
         """Whoever has something to tell, or has died."""
@@ -195,19 +203,18 @@ class Children:
         return next(one for one in self._running if one.reading in ready or one.process.sentinel in ready)
 
     def _collect(self, one: _Running) -> Ended:
-        """Wait for the end of this child and give its seat back."""
+        """Wait for the end of this child."""
         found = _received(one.reading, one.process)
         one.process.join()
         one.reading.close()
         self._running.remove(one)
-        self._free.append(one.seat)
         if found is not None:
             return found
         code = one.process.exitcode or 0
         return Ended(killed_by=-code) if code < 0 else Ended(crash=f"the process ended with exit code {code}")
 
-    def _hand_on(self, number: int) -> None:
-        for one in self._running:
+    def _hand_on(self, running: Sequence[_Running], number: int) -> None:
+        for one in running:
             if one.process.pid is not None and one.process.exitcode is None:
                 with suppress(ProcessLookupError):
                     os.kill(one.process.pid, number)

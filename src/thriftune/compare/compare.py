@@ -11,7 +11,7 @@ from typing import Any
 from thriftune.compare import budget
 from thriftune.compare.budget import Rent, Trimmed, plan_words, planned_s
 from thriftune.compare.cells import CellRunner
-from thriftune.compare.child import Children, seats, value_of
+from thriftune.compare.child import Children, value_of
 from thriftune.compare.folder import check, claim, read_cell, spent_s
 from thriftune.compare.grid import BASE, Cell, Grid, make_grid
 from thriftune.compare.jobs import Asked, PlanJob, Planned, Question
@@ -46,7 +46,7 @@ def compare(asked: Asked, say: Say) -> Compared:
     with ExitStack() as stack:
         stack.enter_context(held_by_comparison(folder))
         wait_for_orphans(folder)
-        children = Children(folder, seats(asked.at_once))
+        children = Children(folder)
         stack.enter_context(children.watching())
         trimmed = _within_budget(asked, grid, planned, folder, rent, most_s, say)
         claim(folder, grid, question, asked.searches, asked.at_once)

@@ -91,6 +91,7 @@ class Asked:
     output: Path | None
     searches: bool
     at_once: int
+    tries_at_once: int
     gpu: str | None
     budget_usd: float | None
     budget_hours: float | None

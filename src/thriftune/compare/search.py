@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.compare.budget import planned_s
-from thriftune.compare.child import KILLED, Children, Ended, Seat, Work, value_of
+from thriftune.compare.child import KILLED, Children, Ended, Seat, Work, seats, value_of
 from thriftune.compare.grid import BASE, Cell, Grid
 from thriftune.compare.jobs import Asked, Planned, RateJob
 from thriftune.compare.rates import (
@@ -53,7 +53,7 @@ def search_all(
 ) -> dict[str, float]:
     """Method -> its learning rate, searched or found in search.json; a method without one keeps its default."""
     search = Search(asked, grid, planned, folder / "search", say)
-    children.work_through(search.following, search.ended)
+    children.work_through(seats(asked.tries_at_once), search.following, search.ended)
     return search.rates
 
 
