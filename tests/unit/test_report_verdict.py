@@ -1,5 +1,6 @@
 """The verdict's sentence: what is taken, and that chance ranks nothing."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def test_times_that_overlap_do_not_decide_and_memory_does(tmp_path: Path) -> Non
     assert report.chosen == "lora"
     assert "40 % less memory than full" in report.verdict
     assert "speed" not in report.verdict
+
+
+def test_many_unshown_differences_are_told_shortly_and_intervals_beside_them_explained(tmp_path: Path) -> None:
+    cells = [Made("lora", seed, 0.80 + 0.01 * rank, variant=f"lora lora.r={rank}", train_s=200 - rank)
+             for rank in range(12) for seed in (1, 2)]  # fmt: skip
+    report = report_of(tmp_path, cells)
+    unshown = [line for line in report.certainty if line.startswith("No difference shown")]
+    assert len(unshown) == 4 and any(re.fullmatch(r"Nor is one shown between it and \d more: .*", line)
+                                     for line in report.certainty)  # fmt: skip
+    for line in unshown:
+        low, high = (float(end) for end in re.search(r"between ([-+][\d.]+) and ([-+][\d.]+) points", line).groups())
+        assert (low > 0 or high < 0) == ("Alone that would count; of 66 pairs" in line)
+    assert any("Alone that would count" in line for line in unshown)
 
 
 def test_times_of_cells_that_shared_a_device_decide_nothing(tmp_path: Path) -> None:
