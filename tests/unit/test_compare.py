@@ -300,6 +300,7 @@ def test_a_budget_is_kept_by_the_clock_where_no_times_are_planned(run, here):
         (["--budget-usd", "1"], "--gpu"),
         (["--gpu", "h2000", "--budget-usd", "1"], "h2000"),
         (["--data", "rows.jsonl"], "--task"),
+        (["--data", "rows.jsonl", "--task", "exact:complition"], "did you mean completion"),
         (["./nothing-here"], "nothing-here"),
     ],
 )
@@ -323,6 +324,8 @@ def test_a_folder_with_another_comparison_is_refused_and_untouched(run, here):
 
 def test_cells_of_other_questions_are_not_joined(run, here):
     run("compare", *SMALL, "--methods", "base", "-o", "one").ok()
+    run("compare", "pocket", "--data", "sums", "--limit", "4", "--methods", "base", "-o", "sums").ok()
+    run("report", "one", "sums").refused("task: reviews", "sums")
     path = Path("one/cells/base/cell.json")
     record = read_record(path, CellRecord)
     assert record.result is not None

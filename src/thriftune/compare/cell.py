@@ -16,9 +16,9 @@ from rich.console import Console
 from thriftune.compare.grid import BASE
 from thriftune.compare.jobs import CellJob, PlanJob, Planned, RateJob
 from thriftune.console import ProgressLine
-from thriftune.data import StepOrder, encode_prompt, load_rows
+from thriftune.data import StepOrder, encode_prompt
 from thriftune.errors import DiskFullError, DoesNotFitError, InputError, ModelError, NonFiniteLossError
-from thriftune.evaluate import GENERAL, TASKS, check_task, file_label
+from thriftune.evaluate import GENERAL, TASKS, check_rows, check_task, file_label
 from thriftune.infer.latency import first_token_s
 from thriftune.infer.merge import merge_adapter
 from thriftune.machine import choose_device, quiet_libraries
@@ -64,8 +64,7 @@ def plan_cells(job: PlanJob) -> Planned:
             do="name it with --task",
         )
     check_task(question.task, data)
-    if question.task in TASKS:
-        load_rows(data, question.split)
+    check_rows(question.task, data, question.split)
     prepared = prepare_run(recipes[0], force=True)
     rows = Rows(
         tokens=[len(example) for example in prepared.data.train],

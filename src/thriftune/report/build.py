@@ -40,8 +40,8 @@ def build_report(
     """
     if not cells:
         raise InputError(given="no cells", allowed="one cell or more", do="run a comparison first")
+    refuse_incomparable(cells)
     kept, twice = _once(cells)
-    refuse_incomparable(kept)
     variants = group(kept)
     results = [cell.record.result for cell in kept if cell.done and cell.record.result]
     metric = metric_of(results) if results else NO_METRIC
