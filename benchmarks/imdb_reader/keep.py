@@ -28,7 +28,7 @@ def keep(folder: Path, kept: Path) -> None:
         if (folder / name).is_file():
             (kept / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, kept / name)
-    with tarfile.open(kept / ARCHIVE, "w:xz") as archive:
+    with tarfile.open(kept / ARCHIVE, "w:xz", preset=1) as archive:
         for cell in done:
             for path in sorted([*cell.glob("metrics.jsonl"), *cell.glob("eval-*.jsonl"), *cell.glob("eval-*.json")]):
                 content = _without_prompts(path) if path.name.startswith("eval-") and path.suffix == ".jsonl" else None
