@@ -90,7 +90,7 @@ def run_group(group: tuple[str, str, Any, int], device: torch.device, lengths: P
             first = job_of(loaded, loaded.model, point, examples, rows, accumulation)
             model = METHODS[method].attach(loaded, first.recipe)
             model.train()
-            program = read_program(model, longest_of(cases, lengths), RANK_MULTIPLE[device.type])
+            program = read_program(model, longest_of(cases, lengths), RANK_MULTIPLE[device.type], fp8=False)
             free_everything(device)
         job = job_of(loaded, model, point, examples, rows, accumulation)
         step_tokens = largest_step(job.order, job.lengths, 1)

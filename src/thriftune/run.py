@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from thriftune.data import PreparedData, largest_step, prepare
-from thriftune.engine.choose import engine_path, warm_up, why_not_here
+from thriftune.engine.choose import engine_path, refuse_fp8, warm_up, why_not_here
 from thriftune.engine.sizes import later_bytes
 from thriftune.errors import DiskFullError, OutputError, StoppedBySignal, ThriftuneError
 from thriftune.machine import choose_device, hardware, quiet_libraries, versions
@@ -78,6 +78,7 @@ def prepare_run(recipe: Recipe, *, force: bool = False) -> Prepared:
     sizes = {
         "per_device_train_batch_size": planned.rows_at_once,
         "gradient_accumulation_steps": planned.accumulation,
+        "optim": planned.optimizer,
     }
     resolved = resolved.model_copy(update={"train": resolved.train.model_copy(update=sizes)})
     return Prepared(resolved, description, data, tokenizer, device, dtype, planned)
@@ -248,13 +249,16 @@ def _with_path(job: TrainJob) -> tuple[TrainJob, str]:
     device = job.processes.device
     reason = why_not_here(job.model, job.recipe, device)
     if reason is not None:
+        refuse_fp8(job.recipe, reason)
         return job, f"autograd through transformers' model: {reason}"
     lengths = [*job.lengths, *map(len, job.eval_examples)]
     step_tokens = largest_step(job.order, job.lengths, job.processes.world)
     later = later_bytes(job.recipe.train.optim, trainable_parameters(job.model))
     switch = job.recipe.train.gradient_checkpointing
-    path = engine_path(job.model, device, lengths, step_tokens, later, switch)
-    return replace(job, path=path), f"explicit forward and backward pass; attention: {path.attention.name}"
+    fp8 = job.recipe.precision == "fp8"
+    path = engine_path(job.model, device, lengths, step_tokens, later, switch, fp8)
+    products = "; frozen products in fp8" if fp8 else ""
+    return replace(job, path=path), f"explicit forward and backward pass; attention: {path.attention.name}{products}"
 
 
 def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
@@ -282,6 +286,7 @@ def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
         "total_parameters": prepared.description.total_parameters,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "method": recipe.method,
+        "precision": recipe.precision,
         "seed": recipe.seed,
         "data": prepared.data.audit.fingerprint,
         "shuffle": recipe.data.shuffle,

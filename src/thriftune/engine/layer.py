@@ -15,7 +15,7 @@ from torch import Tensor
 from thriftune.engine.attention import Attention, Kind
 from thriftune.engine.packing import PackedBatch
 from thriftune.engine.sizes import Keep, LayerSizes
-from thriftune.engine.weights import Stack
+from thriftune.engine.weights import Outgoing, Stack
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
 from thriftune.kernels.rope import rope_
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
@@ -54,10 +54,17 @@ class Layer:
         qkv, o, gate_up, down = (stack.sizes for stack in self.stacks)
         return LayerSizes(qkv, o, gate_up, down, self.heads, self.groups, norms)
 
-    def acquire(self) -> None:
-        """Have the layer's weights in their buffers. 4-bit layers share them: one layer at a time can be used."""
+    def acquire_forward(self) -> None:
+        """Have what the forward pass multiplies with in its memory. 4-bit layers share it: one layer at a time."""
         for stack in self.stacks:
-            stack.acquire()
+            stack.acquire(forward=True, backward=False)
+
+    def acquire_backward(self, keep: Keep) -> None:
+        """The same for the backward pass of a layer that kept this much."""
+        again = {Keep.ALL: (), Keep.NO_MLP: (self.gate_up,), Keep.RESIDUALS: (self.qkv, self.gate_up),
+                 Keep.INPUT: (self.qkv, self.o, self.gate_up)}[keep]  # fmt: skip
+        for stack in self.stacks:
+            stack.acquire(forward=any(stack is found for found in again), backward=True)
 
     def hold(self) -> None:
         for stack in self.stacks:
@@ -104,9 +111,11 @@ class _Attended:
 
 @dataclass(frozen=True)
 class _GateUp:
+    """The product lies where its gradient is written, over it."""
+
     rstd_T1: Tensor  # noqa: N815
     side_TR: Tensor | None  # noqa: N815
-    product_TE: Tensor  # noqa: N815
+    place: Outgoing
 
 
 def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor, Saved]:
@@ -116,7 +125,7 @@ def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor,
     attended = _Attended(attended.out_TX, attended.kept, side_o_TR)
     gate_up = _gate_up(layer, middle_TD)
     h_TX = layer.down.input_buffer(x_TD)
-    swiglu(gate_up.product_TE, h_TX[:, : layer.down.size_in])
+    swiglu(gate_up.place.gradient_TO, h_TX[:, : layer.down.size_in])
     y_TD, side_down_TR = layer.down.forward(h_TX, middle_TD)
     saved = Saved(x_TD, down_side_TR=side_down_TR)
     if keep <= Keep.RESIDUALS:
@@ -160,8 +169,9 @@ def _gate_up(layer: Layer, middle_TD: Tensor) -> _GateUp:
     normed_TX = layer.gate_up.input_buffer(middle_TD)
     norm = layer.mlp_norm
     rstd_T1 = rms_norm(middle_TD, norm.weight_D, norm.epsilon, normed_TX[:, : layer.gate_up.size_in])
-    product_TE, side_TR = layer.gate_up.forward(normed_TX, None)
-    return _GateUp(rstd_T1, side_TR, product_TE)
+    place = layer.gate_up.output_buffer(middle_TD)
+    _, side_TR = layer.gate_up.forward(normed_TX, None, place.gradient_TO)
+    return _GateUp(rstd_T1, side_TR, place)
 
 
 def _compute_again(layer: Layer, saved: Saved, step: Step) -> None:
@@ -181,39 +191,38 @@ def _compute_again(layer: Layer, saved: Saved, step: Step) -> None:
         saved.gate_up = _gate_up(layer, saved.middle_TD)
 
 
-def backward(layer: Layer, dy_TY: Tensor, saved: Saved, step: Step, below: Layer | None) -> Tensor | None:
-    """Add the adapters' gradients to their masters and return that of the layer's input, in the buffer that the layer
-    `below` wants (None where there is none). `dy_TY` is this layer's own such buffer; it and `saved` are used up."""
+def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer | None) -> Outgoing | None:
+    """Add the adapters' gradients to their masters and return that of the layer's input, where the layer `below` wants
+    it (None where there is none). `dy` is this layer's own such place; it and `saved` are used up."""
     _compute_again(layer, saved, step)
     qkv, attended, gate_up, middle_TD = saved.qkv, saved.attended, saved.gate_up, saved.middle_TD
     assert qkv is not None and attended is not None and gate_up is not None and middle_TD is not None
 
     # -- the MLP -------------------------------------------------------------------------------------------------
-    dy_TD = dy_TY[:, : layer.down.size_out]
-    dh_TF = layer.down.backward(dy_TY, wants_dx=True)
+    dh_TF = layer.down.backward(dy, wants_dx=True)
     assert dh_TF is not None
-    dgate_up_TY = layer.gate_up.output_buffer(dy_TY)
-    dgate_up_TE = dgate_up_TY[:, : layer.gate_up.size_out]
-    h_TF = torch.empty_like(dh_TF) if layer.down.rank else None
-    swiglu_backward(gate_up.product_TE, dh_TF, dgate_up_TE, h_TF)
-    layer.down.add_gradients(dy_TY, h_TF, saved.down_side_TR)
-    del dh_TF, h_TF
+    dgate_up = gate_up.place
+    swiglu_backward(dgate_up.gradient_TO, dh_TF, dgate_up.gradient_TO, dh_TF if layer.down.rank else None)
+    layer.down.add_gradients(dy, dh_TF, saved.down_side_TR)  # dh_TF is the MLP's input by now
+    del dh_TF
     normed_TD = _normed_again(layer.mlp_norm, middle_TD) if layer.gate_up.rank else None
-    dnormed_TD = layer.gate_up.backward(dgate_up_TY, wants_dx=True)
+    dnormed_TD = layer.gate_up.backward(dgate_up, wants_dx=True)
     assert dnormed_TD is not None
-    layer.gate_up.add_gradients(dgate_up_TY, normed_TD, gate_up.side_TR)
-    dmiddle_TY = layer.o.output_buffer(dnormed_TD)
-    dmiddle_TD = dmiddle_TY[:, : layer.o.size_out]
-    rms_norm_backward(dnormed_TD, middle_TD, layer.mlp_norm.weight_D, gate_up.rstd_T1, dy_TD, dmiddle_TD)
-    del dgate_up_TY, dgate_up_TE, dnormed_TD, normed_TD, gate_up, dy_TY, dy_TD
+    layer.gate_up.add_gradients(dgate_up, normed_TD, gate_up.side_TR)
+    dmiddle = layer.o.output_buffer(dnormed_TD)
+    rms_norm_backward(
+        dnormed_TD, middle_TD, layer.mlp_norm.weight_D, gate_up.rstd_T1, dy.gradient_TO, dmiddle.gradient_TO
+    )
+    saved.gate_up = None
+    del dgate_up, dnormed_TD, normed_TD, gate_up, dy
 
     # -- attention -----------------------------------------------------------------------------------------------
     out_TQ = attended.out_TX[:, : layer.o.size_in]
-    dout_TQ = layer.o.backward(dmiddle_TY, wants_dx=True)
+    dout_TQ = layer.o.backward(dmiddle, wants_dx=True)
     assert dout_TQ is not None
-    layer.o.add_gradients(dmiddle_TY, out_TQ, attended.side_TR)
-    dqkv_TY = layer.qkv.output_buffer(dout_TQ)
-    dqkv_TN = dqkv_TY[:, : layer.qkv.size_out]
+    layer.o.add_gradients(dmiddle, out_TQ, attended.side_TR)
+    dqkv = layer.qkv.output_buffer(dout_TQ)
+    dqkv_TN = dqkv.gradient_TO
     by_head = (layer.heads, layer.head_size)
     step.attention.backward(
         dout_TQ.unflatten(1, by_head),
@@ -232,14 +241,15 @@ def backward(layer: Layer, dy_TY: Tensor, saved: Saved, step: Step, below: Layer
             rms_norm_backward(part_TN, qkv.product_TN[:, columns], norm.weight_D, rstd_TG, None, part_TN)
     saved.attended = None
     normed_TD = _normed_again(layer.input_norm, saved.x_TD) if layer.qkv.rank else None
-    dnormed_TD = layer.qkv.backward(dqkv_TY, wants_dx=below is not None)
-    layer.qkv.add_gradients(dqkv_TY, normed_TD, qkv.side_TR)
+    dnormed_TD = layer.qkv.backward(dqkv, wants_dx=below is not None)
+    layer.qkv.add_gradients(dqkv, normed_TD, qkv.side_TR)
     if dnormed_TD is None or below is None:
         return None
-    dx_TY = below.down.output_buffer(dnormed_TD)
-    dx_TD = dx_TY[:, : below.down.size_out]
-    rms_norm_backward(dnormed_TD, saved.x_TD, layer.input_norm.weight_D, qkv.rstd_T1, dmiddle_TD, dx_TD)
-    return dx_TY
+    dx = below.down.output_buffer(dnormed_TD)
+    rms_norm_backward(
+        dnormed_TD, saved.x_TD, layer.input_norm.weight_D, qkv.rstd_T1, dmiddle.gradient_TO, dx.gradient_TO
+    )
+    return dx
 
 
 def _normed_again(norm: Norm, x_TD: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ that is what its code holds. Notation in comments: T tokens at once, N positions
 
 from __future__ import annotations
 
-from thriftune.engine.sizes import Choice, Keep, LayerSizes, kept_bytes, working_bytes
+from thriftune.engine.sizes import Choice, Keep, LayerSizes, ProgramSizes, kept_bytes, working_bytes
 from thriftune.engine.takes import DOWN, GATE_UP, OUT, QKV
 from thriftune.plan.engine import EngineCase
 from thriftune.plan.memory import FRAGMENTS_FIXED, WIDE, optimizer_states, outside
@@ -61,15 +61,15 @@ def _moments(case: EngineCase, choice: Choice, packed: Packed) -> list[dict[str,
             "gradients": before,
         },
         {
-            "activations": kept + tokens * working_bytes(last, choice.keep, element),
+            "activations": kept + tokens * working_bytes(last, choice.keep, element, sizes.fp8),
             "gradients": before,
         },
-        {"activations": float(tokens * _one_layer(first, choice.keep, element)), "gradients": gradients},
+        {"activations": float(tokens * _one_layer(first, choice.keep, sizes)), "gradients": gradients},
     ]
 
 
-def _one_layer(layer: LayerSizes, keep: Keep, element: int) -> int:
-    return kept_bytes(layer, keep, element) + working_bytes(layer, keep, element)
+def _one_layer(layer: LayerSizes, keep: Keep, sizes: ProgramSizes) -> int:
+    return kept_bytes(layer, keep, sizes.element) + working_bytes(layer, keep, sizes.element, sizes.fp8)
 
 
 def gradient_bytes(case: EngineCase) -> float:

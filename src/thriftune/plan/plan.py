@@ -19,7 +19,6 @@ from thriftune.plan.advise import (
 )
 from thriftune.plan.command import PINNED, train_command
 from thriftune.plan.cost import Market, price_notes, run_dollars
-from thriftune.plan.memory import optimizer_of
 from thriftune.plan.search import (
     Candidate,
     Case,
@@ -166,7 +165,7 @@ def plan_method(
         run_s=run_s,
         cost_usd=cost,
         limited_by=time.limited_by if time else NO_TIME,
-        settings=chosen.settings(case.recipe, optimizer_of(case.recipe, method, device.gpu is not None)),
+        settings=chosen.settings(case.recipe),
         path=chosen.path,
         least_bytes=chosen.least_bytes,
         notes=notes,
@@ -210,7 +209,7 @@ def _what_would_fit(case: Case, method: str, device: Device, smallest: Candidate
     free = case.freed
     freed = choose(candidates(free, method, device), device.usable_bytes)
     if freed.memory.peak_bytes <= device.usable_bytes:
-        settings = freed.settings(free.recipe, "")
+        settings = freed.settings(free.recipe)
         notes.append(f"fits with {' '.join(f'{name}={settings[name]}' for name in PINNED)}")
         return notes
     length = longest_that_fits(free, method, device, freed)

@@ -12,7 +12,7 @@ from thriftune.plan.adapter import Adapter, adapter_of
 from thriftune.plan.engine import engine_case, engine_choice, least_choice, why_not_engine
 from thriftune.plan.engine_memory import engine_memory
 from thriftune.plan.engine_time import engine_time
-from thriftune.plan.memory import memory_of, setup_of
+from thriftune.plan.memory import memory_of, optimizers_of, setup_of
 from thriftune.plan.time import time_of
 from thriftune.plan.values import Memory, Path, Time, Timed, Work
 from thriftune.plan.work import Rows, work_of
@@ -91,6 +91,7 @@ class Candidate:
     work: Work
     memory: Memory
     time: Time | None
+    optimizer: str
     choice: Choice | None = None
     least_bytes: int | None = None
 
@@ -98,7 +99,7 @@ class Candidate:
     def path(self) -> Path:
         return "generic" if self.choice is None else "engine"
 
-    def settings(self, recipe: Recipe, optimizer: str) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
         """The recipe options that this candidate's numbers hold for, and what the engine chooses beside them."""
         train = recipe.train
         switch = "on" if self.checkpointing else "off"
@@ -107,7 +108,7 @@ class Candidate:
             "gradient_accumulation_steps": self.accumulation,
             "gradient_checkpointing": switch if self.choice is None else train.gradient_checkpointing,
             "max_length": recipe.data.max_length,
-            "optim": optimizer,
+            "optim": self.optimizer,
         }
         if train.max_steps > 0:
             found["max_steps"] = train.max_steps
@@ -150,8 +151,11 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
     """Every way the recipe leaves open, in the order of `allowed_settings`; through the engine, which chooses for
     itself, the way that it will choose. Raises InputError for wrong targets."""
     adapter = adapter or adapter_of(case.shape, case.recipe.lora, method)
+    optimizers = optimizers_of(case.recipe, method, device.gpu is not None)
     if case.engine_reason(method, device, adapter) is None:
-        return [_engine_candidate(case, method, device, adapter)]
+        ways = [_engine_candidate(case, method, device, adapter, name) for name in optimizers]
+        least = ways[-1].least_bytes
+        return [replace(way, least_bytes=least) for way in ways]
     found = []
     for rows_at_once, recompute in allowed_settings(case):
         setup = setup_of(case.recipe, method, recompute, device.gpu is not None)
@@ -160,15 +164,17 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
         time = None
         if device.gpu is not None:
             time = time_of(case.shape, adapter, setup, work, device.gpu, device.count)
-        found.append(Candidate(rows_at_once, case.rows_a_step // rows_at_once, recompute, work, memory, time))
+        accumulation = case.rows_a_step // rows_at_once
+        found.append(Candidate(rows_at_once, accumulation, recompute, work, memory, time, optimizers[-1]))
     return found
 
 
-def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter) -> Candidate:
+def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
     """What the engine will choose with this memory; the least that it can run with, when that is too little."""
     gpu, rows_at_once = device.gpu, case.recipe.train.per_device_train_batch_size
     work = case.work(rows_at_once, device.count)
-    engine = engine_case(case.shape, adapter, setup_of(case.recipe, method, False, gpu is not None), gpu)
+    setup = setup_of(case.recipe, method, False, gpu is not None, optimizer)
+    engine = engine_case(case.shape, adapter, setup, gpu)
     chosen = engine_choice(engine, case.recipe, work.packed, device.usable_bytes)
     taken = engine_memory(engine, chosen, work.packed)
     least_bytes = taken.peak_bytes  # on a CPU, whose memory the engine does not count
@@ -181,7 +187,7 @@ def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter)
     time = engine_time(engine, chosen, work, gpu, device.count) if gpu is not None else None
     recomputes = chosen.keep > Keep.ALL
     accumulation = case.rows_a_step // rows_at_once
-    return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, chosen, least_bytes)
+    return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, optimizer, chosen, least_bytes)
 
 
 def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
@@ -197,7 +203,8 @@ def least_bytes(case: Case, method: str, device: Device, like: Candidate) -> int
     """Bytes at the peak with the smallest settings: those of `like`, or the engine's least."""
     adapter = adapter_of(case.shape, case.recipe.lora, method)
     if case.engine_reason(method, device, adapter) is None:
-        return _engine_candidate(case, method, device, adapter).least_bytes or 0
+        leanest = optimizers_of(case.recipe, method, device.gpu is not None)[-1]
+        return _engine_candidate(case, method, device, adapter, leanest).least_bytes or 0
     setup = setup_of(case.recipe, method, like.checkpointing, device.gpu is not None)
     return memory_of(case.shape, adapter, setup, case.work(like.rows_at_once, device.count), device.gpu).peak_bytes
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from thriftune.errors import DoesNotFitError, InputError
 from thriftune.model_files import read_config
+from thriftune.plan.memory import OPTIMIZERS
 from thriftune.plan.plan import METHODS, Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device
 from thriftune.plan.show import three_lines
@@ -29,6 +30,7 @@ class RunPlan:
     rows_at_once: int
     accumulation: int
     checkpointing: bool
+    optimizer: str
     plan: Plan | None = None
     chosen: PlannedMethod | None = None
     note: str = ""
@@ -36,7 +38,13 @@ class RunPlan:
     @property
     def decision(self) -> tuple[float, ...]:
         """What all processes of a run must have decided alike, as numbers."""
-        return (float(METHODS.index(self.method)), float(self.rows_at_once), float(self.checkpointing))
+        optimizer = ("auto", *OPTIMIZERS).index(self.optimizer)
+        return (
+            float(METHODS.index(self.method)),
+            float(self.rows_at_once),
+            float(self.checkpointing),
+            float(optimizer),
+        )
 
     def lines(self) -> list[str]:
         """What to print before the run starts."""
@@ -76,6 +84,7 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
         rows_at_once=settings["per_device_train_batch_size"],
         accumulation=settings["gradient_accumulation_steps"],
         checkpointing=settings["gradient_checkpointing"] == "on",
+        optimizer=recipe.train.optim if device.gpu is None else settings["optim"],
         plan=plan,
         chosen=chosen,
     )
@@ -101,6 +110,7 @@ def _without_plan(recipe: Recipe, note: str) -> RunPlan:
         rows_at_once=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps,
         checkpointing=train.gradient_checkpointing == "on",
+        optimizer=train.optim,
         note=note,
     )
 

@@ -93,7 +93,7 @@ class TrainRecipe(Section):
     gradient_accumulation_steps: Positive = Field(4, description="micro-batches an optimizer step, a device")
     per_device_eval_batch_size: Positive = Field(8, description="examples at once in evaluation during training")
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
-        "auto", description="auto: paged_adamw_8bit for qlora on a GPU, adamw_torch elsewhere"
+        "auto", description="auto: paged_adamw_8bit for qlora on a GPU whose memory is short, adamw_torch elsewhere"
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="decoupled: a weight shrinks by learning rate x this, each step"
@@ -233,6 +233,10 @@ class Recipe(Section):
     engine: Literal["auto", "off"] = Field(
         "auto",
         description="auto: the explicit forward and backward pass where it knows the model; off: autograd",
+    )
+    precision: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="type of the frozen products: auto is that of the base; fp8 is 8-bit floats, by the engine alone",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that get the step metrics too; none"
