@@ -101,7 +101,7 @@ def run_group(group: tuple[str, str, Any, int], device: torch.device, lengths: P
         row = measure(replace(job, path=path), point, loaded)
         row |= {"path": "engine", "room": room_for, "limit_bytes": limit, "load_s": loaded.load_s}
         row |= {"keep": int(path.keep or 0), "most_tokens": path.most_tokens, "step_tokens": step_tokens}
-        row["held"] = sum(layer.qkv.common_YX is not None for layer in program.layers)
+        row["held"] = sum(layer.qkv.held for layer in program.layers)
         row["lengths"] = [len(example) for example in examples] if batch == "gsm8k" else None
         row["later_bytes"], row["attention"] = later, attention.name
         file.write(json.dumps(row) + "\n")
