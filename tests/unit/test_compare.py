@@ -128,6 +128,18 @@ def test_a_comparison_scores_all_alike_and_a_second_go_gives_the_same_table(run,
     assert run("report", "one", "-o", "joined").refused("tokens a step")
 
 
+@pytest.mark.parametrize("task", ["exact:completion", "marks.py:mark"])
+def test_rows_and_marks_of_ones_own_are_compared(run, here, task):
+    rows = [{"prompt": f"Say {number}.", "completion": str(number)} for number in range(12)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (here / "marks.py").write_text("def mark(answer, row):\n    return min(1.0, len(answer) / 10)\n")
+    words = ("--methods", "base,lora", "--seeds", "1", "max_steps=2", "max_new_tokens=4", RATE)
+    report = run("compare", "pocket", "--data", "rows.jsonl", "--task", task, *words, "-o", "out", "--json").ok().json
+    assert report["task"] == task and report["test_rows"] == 12
+    assert [cell["status"] for cell in report["cells"]] == ["done", "done"]
+    assert report["pairs"][0]["p_value"] is not None
+
+
 def test_a_dry_run_writes_nothing_and_says_what_would_run(run, here):
     out = run("compare", *SMALL, "lora_r=4,8", "--methods", "base,lora", "--seeds", "2", "--dry-run", "--json").ok()
     assert [cell["cell"] for cell in out.json["cells"]] == [

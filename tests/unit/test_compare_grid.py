@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from thriftune.compare.child import Seat
 from thriftune.compare.folder import check, claim
 from thriftune.compare.grid import Cell, Grid, make_grid
 from thriftune.compare.jobs import Question
+from thriftune.compare.locks import held_by_children, held_by_comparison, wait_for_orphans
 from thriftune.compare.rates import Tried, best_rate, search_recipe, search_seed, search_steps, waves_of_rates
 from thriftune.errors import InputError, OutputError, RecipeError
 from thriftune.planning import read_market
@@ -230,3 +232,20 @@ def test_seats_take_the_gpus_in_turn_and_share_the_threads(monkeypatch):
     assert child.seats(2) == (Seat(None, 6, 1), Seat(None, 6, 1))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert child.seats(2) == (Seat(None, None, 1), Seat(None, None, 1))
+
+
+def test_children_work_side_by_side_and_a_new_comparison_waits_for_those_of_an_old_one(tmp_path):
+    with held_by_children(tmp_path), held_by_children(tmp_path):
+        waiting = threading.Thread(target=wait_for_orphans, args=(tmp_path,), daemon=True)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_one_comparison_at_a_time_holds_a_folder(tmp_path):
+    with held_by_comparison(tmp_path), pytest.raises(InputError, match="another comparison is running"):
+        held_by_comparison(tmp_path).__enter__()
+    with held_by_comparison(tmp_path):
+        pass
