@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,9 @@ def test_every_way_to_run_out_is_the_same_row_with_the_plans_guess(job, monkeypa
     monkeypatch.setattr(work, "_train", runs_out)
     record = work.run_cell(job)
     assert record.status == "out_of_memory" and record.reason.startswith("in training: ")
-    assert "the plan was 5" in record.reason and record.plan == job.plan
+    assert "the plan was 5" in record.reason and record.plan == job.plan and "beside" not in record.reason
     assert read_record(job.folder / "cell.json", CellRecord) == record
+    assert "; beside 2 others" in work.run_cell(replace(job, sharing=2)).reason
     with pytest.raises(DoesNotFitError):
         work.try_rate(RateJob(job.recipe, False, "test"))
 

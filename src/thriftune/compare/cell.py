@@ -179,10 +179,11 @@ def _ran_out(error: BaseException) -> bool:
 
 
 def _guess(job: CellJob) -> str:
+    beside = f"; beside {job.sharing} others on its device" if job.sharing else ""
     if job.plan is None:
-        return "; there was no plan for it"
+        return f"; there was no plan for it{beside}"
     planned, usable = format_bytes(job.plan.peak_bytes), format_bytes(job.plan.usable_bytes)
-    return f"; the plan was {planned} of {usable}"
+    return f"; the plan was {planned} of {usable}{beside}"
 
 
 def _given(error: BaseException) -> str:
