@@ -72,6 +72,7 @@ def main() -> None:
     for row in rows:
         show(row)
     show_halves(rows)
+    show_by_layers([row["by_layers_error"] for row in rows if row["by_layers_error"] is not None])
     print("chosen as planned:", sum(row["as_planned"] for row in rows), "of", len(rows))
     if arguments.report:
         arguments.report.write_text(json.dumps({"points": rows, "summary": summary(rows)}, indent=1) + "\n")
@@ -103,7 +104,7 @@ def planned(row: dict[str, Any]) -> Planned:
 
 def compare(row: dict[str, Any]) -> dict[str, Any]:
     found = planned(row)
-    choice = found.choice
+    choice, by_layers_s = found.choice, row.get("measured_by_layers_s")
     return {
         **{key: row[key] for key in ("gpu", "model", "method", "batch", "room", "keep", "most_tokens", "held")},
         "keep_planned": int(choice.keep),
@@ -122,6 +123,7 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
         "step_s_planned": found.time.step_s,
         "step_error": found.time.step_s / measured_s(row) - 1,
         "limited_by": found.time.limited_by,
+        "by_layers_error": by_layers_s / measured_s(row) - 1 if by_layers_s else None,
     }
 
 
@@ -145,6 +147,16 @@ def loss(reached: EngineEfficiency, points: list[dict[str, Any]]) -> float:
     engine_time_module.ENGINE = reached
     errors = [math.log(planned(row).time.step_s / measured_s(row)) for row in points]
     return sum(min(error**2, 0.09) for error in errors)
+
+
+def show_by_layers(errors: list[float]) -> None:
+    """How far `plan --measure` was from the whole model's step, where run_engine.py asked it."""
+    if not errors:
+        print("by layers: not asked (run_engine.py --by-layers)")
+        return
+    near = sum(abs(error) <= 0.07 for error in errors)
+    extremes = f"{min(errors):+.1%} to {max(errors):+.1%}"
+    print(f"by layers: {len(errors)} points, {extremes}, {near} within 7 %")
 
 
 def show(row: dict[str, Any]) -> None:
