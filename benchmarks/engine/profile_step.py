@@ -77,7 +77,7 @@ def rows_of(trace: Any, vocabulary: int) -> list[Row]:
             calls[kernel.name] += 1
     others: dict[str, Row] = {}
     for event in trace.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith("ProfilerStep"):
+        if not is_kernel(event):
             continue
         row = others.setdefault(event.name, Row("", event.name[:90]))
         row.count += 1
@@ -89,6 +89,24 @@ def rows_of(trace: Any, vocabulary: int) -> list[Row]:
             row.kind = kind_of(name)
             found[row.kind, name] = row
     return sorted(found.values(), key=lambda row: -row.ms)
+
+
+def idle_of(trace: Any, least_ms: float) -> list[tuple[float, str, str]]:
+    """Times at which the GPU waited: milliseconds, the kernel before and the one after."""
+    kernels = sorted((event for event in trace.events() if is_kernel(event)), key=lambda event: event.time_range.start)
+    found, end, last = [], 0.0, ""
+    for event in kernels:
+        wait_ms = (event.time_range.start - end) / 1000
+        if end and wait_ms > least_ms:
+            found.append((wait_ms, last, event.name[:60]))
+        if event.time_range.end > end:
+            end, last = event.time_range.end, event.name[:60]
+    return sorted(found, reverse=True)
+
+
+def is_kernel(event: Any) -> bool:
+    named = "ProfilerStep" in event.name or "Optimizer" in event.name  # ranges that hold kernels
+    return event.device_type == torch.autograd.DeviceType.CUDA and not named
 
 
 def product_of(event: Any) -> tuple[int, int, int]:
@@ -129,6 +147,7 @@ def main() -> None:
     kinds: dict[str, float] = defaultdict(float)
     for row in rows:
         kinds[row.kind] += row.ms
+    idle = idle_of(tracer.trace, 0.2)
     plain_s = tracer.metrics[STEP - 1].step_s
     found = {
         "command": vars(arguments) | {"write": str(arguments.write), "lengths": str(arguments.lengths)},
@@ -138,6 +157,7 @@ def main() -> None:
         "traced_step_s": tracer.metrics[STEP].step_s,
         "kernels_ms": sum(kinds.values()),
         "kinds_ms": dict(sorted(kinds.items(), key=lambda pair: -pair[1])),
+        "idle_ms": idle,
         "rows": [vars(row) for row in rows],
     }
     if arguments.write:
@@ -145,6 +165,8 @@ def main() -> None:
     for row in rows[:45]:
         rate = f"{row.flops / row.ms / 1e9:6.0f} TFLOP/s {row.bytes / row.ms / 1e6:6.0f} GB/s" if row.flops else ""
         print(f"{row.kind:12} {row.name[:70]:70} {row.count:5} {row.ms:8.2f} ms {rate}")
+    for wait_ms, before, after in idle[:12]:
+        print(f"idle {wait_ms:7.2f} ms after {before} before {after}")
     print("step", round(plain_s * 1e3, 1), "ms; traced", round(tracer.metrics[STEP].step_s * 1e3, 1), "kernels",
           round(found["kernels_ms"], 1), {kind: round(ms, 1) for kind, ms in found["kinds_ms"].items()})  # fmt: skip
 

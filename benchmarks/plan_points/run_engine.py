@@ -94,7 +94,7 @@ def run_group(
     shape, method, cases, steps = group
     free_everything(device)
     loaded = load_random(SHAPES[shape], method, device)
-    model, program, attention = None, None, choose_attention(device)
+    model, program, attention = None, None, None
     for batch, room_for in cases:
         if time.perf_counter() > until:
             print("out of time before", shape, method, batch, room_for, flush=True)
@@ -106,6 +106,7 @@ def run_group(
             model = METHODS[method].attach(loaded, first.recipe)
             model.train()
             program = read_program(model, longest_of(cases, lengths), RANK_MULTIPLE[device.type], fp8=False)
+            attention = choose_attention(device, program.layers)
             free_everything(device)
         job = job_of(loaded, model, point, examples, rows, accumulation)
         step_tokens = largest_step(job.order, job.lengths, 1)

@@ -114,4 +114,12 @@ def test_triton_kernels_agree_with_their_references() -> None:
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["rms_norm", "rope", "swiglu", "cross_entropy", "four_bit"]
+    assert done.stdout.split() == [
+        "rms_norm",
+        "rope",
+        "swiglu",
+        "cross_entropy",
+        "four_bit",
+        "fp8",
+        "four_bit_over_scales",
+    ]

@@ -123,10 +123,11 @@ def _scores(q_SHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, kind: Kind) -> tuple[Te
     return scores_HSS.masked_fill_(hidden_SS, float("-inf")), v_HSK, k_HSK
 
 
+@dataclass(frozen=True)
 class FlashAttention:
     """PyTorch's own FlashAttention-2 (Dao 2023) over segments."""
 
-    name = "flash"
+    name: str = "flash"
 
     def forward(
         self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments, kind: Kind, out_THK: Tensor

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from thriftune.engine.attention import Attention, FlashAttention, ReferenceAttention
+from thriftune.engine.layer import Layer
 from thriftune.engine.path import EnginePath
 from thriftune.engine.read import base_of, read_program, why_not
 from thriftune.engine.room import Room
 from thriftune.engine.sizes import RANK_MULTIPLE, RECOMPUTING, rank_multiple
 from thriftune.engine.takes import why_not_fp8, why_not_method
+from thriftune.engine.trust import why_not_trusted
 from thriftune.engine.warm import Warming, start_warming
 from thriftune.errors import InputError
 from thriftune.kernels.launch import has_triton
@@ -30,6 +32,8 @@ def why_not_here(model: nn.Module, recipe: Recipe, device: torch.device) -> str 
         return "Triton is not installed"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU has no bfloat16 products"
+    if device.type == "cuda" and base_of(model).get_input_embeddings().weight.dtype.itemsize > 2:
+        return "its attention kernels take 16-bit numbers, and the model is loaded in float32"
     if reason := why_not(model):
         return reason
     if recipe.precision == "fp8":
@@ -82,11 +86,12 @@ def engine_path(
     program = read_program(model, longest, rank_multiple(device.type, fp8), fp8)
     room = Room(program, device, step_tokens, longest, later_bytes)
     most, least = RECOMPUTING[checkpointing]
-    return EnginePath(program, device, choose_attention(device), room, most, least)
+    return EnginePath(program, device, choose_attention(device, program.layers), room, most, least)
 
 
-def choose_attention(device: torch.device) -> Attention:
-    """On CUDA cuDNN's ragged attention where its frontend is installed, else FlashAttention; the reference on a CPU."""
+def choose_attention(device: torch.device, layers: Sequence[Layer]) -> Attention:
+    """On CUDA cuDNN's ragged attention where its frontend is installed and found right for these layers, else
+    FlashAttention; the reference on a CPU."""
     if device.type != "cuda":
         return ReferenceAttention()
     try:
@@ -95,4 +100,6 @@ def choose_attention(device: torch.device) -> Attention:
         return FlashAttention()
     from thriftune.engine.cudnn_attention import CudnnAttention
 
-    return CudnnAttention()
+    attention = CudnnAttention()
+    remark = why_not_trusted(attention, layers, device)
+    return attention if remark is None else FlashAttention(f"flash ({remark})")

@@ -54,6 +54,17 @@ class Layer:
         qkv, o, gate_up, down = (stack.sizes for stack in self.stacks)
         return LayerSizes(qkv, o, gate_up, down, self.heads, self.groups, norms)
 
+    @property
+    def columns(self) -> tuple[slice, slice, slice]:
+        """Of queries, keys and values in the product of `qkv`."""
+        q, kv = self.heads * self.head_size, self.groups * self.head_size
+        return slice(0, q), slice(q, q + kv), slice(q + kv, q + 2 * kv)
+
+    def heads_of(self, rows_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, heads, size), keys and values (T, groups, size): views."""
+        q, k, v = (rows_TN[:, columns].unflatten(1, (-1, self.head_size)) for columns in self.columns)
+        return q, k, v
+
     def acquire_forward(self) -> None:
         """Have what the forward pass multiplies with in its memory. 4-bit layers share it: one layer at a time."""
         for stack in self.stacks:
@@ -141,11 +152,13 @@ def _project(layer: Layer, x_TD: Tensor, step: Step) -> _Qkv:
     """Norm, queries, keys and values, their norms and their rotation."""
     normed_TX = layer.qkv.input_buffer(x_TD)
     rstd_T1 = rms_norm(x_TD, layer.input_norm.weight_D, layer.input_norm.epsilon, normed_TX[:, : layer.qkv.size_in])
-    product_TN, side_TR = layer.qkv.forward(normed_TX, None)
+    # Queries, keys and values lie as far apart as their gradients will: cuDNN's backward pass needs that, unsaid.
+    product_TN = layer.qkv.output_buffer(x_TD).gradient_TO
+    _, side_TR = layer.qkv.forward(normed_TX, None, product_TN)
     turned_TN, rstd_heads = product_TN, None
     if layer.query_norm is not None and layer.key_norm is not None:
-        turned_TN = torch.empty_like(product_TN)
-        q, k, v = _columns(layer)
+        turned_TN = layer.qkv.output_buffer(x_TD).gradient_TO
+        q, k, v = layer.columns
         rstd_heads = (
             rms_norm(product_TN[:, q], layer.query_norm.weight_D, layer.query_norm.epsilon, turned_TN[:, q],
                      layer.heads),
@@ -159,7 +172,7 @@ def _project(layer: Layer, x_TD: Tensor, step: Step) -> _Qkv:
 
 def _attend(layer: Layer, qkv: _Qkv, step: Step) -> _Attended:
     out_TX = layer.o.input_buffer(qkv.turned_TN)
-    q, k, v = _heads(layer, qkv.turned_TN)
+    q, k, v = layer.heads_of(qkv.turned_TN)
     out_THK = out_TX[:, : layer.o.size_in].unflatten(1, (layer.heads, layer.head_size))
     kept = step.attention.forward(q, k, v, step.batch.segments, layer.attention, out_THK)
     return _Attended(out_TX, kept, None)
@@ -226,16 +239,16 @@ def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer 
     by_head = (layer.heads, layer.head_size)
     step.attention.backward(
         dout_TQ.unflatten(1, by_head),
-        *_heads(layer, qkv.turned_TN),
+        *layer.heads_of(qkv.turned_TN),
         out_TQ.unflatten(1, by_head),
         attended.kept,
         step.batch.segments,
         layer.attention,
-        _heads(layer, dqkv_TN),
+        layer.heads_of(dqkv_TN),
     )
     rope_(_turning_heads(layer, dqkv_TN), step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=True)
     if layer.query_norm is not None and layer.key_norm is not None and qkv.rstd_heads is not None:
-        norms = zip(_columns(layer)[:2], (layer.query_norm, layer.key_norm), qkv.rstd_heads, strict=True)
+        norms = zip(layer.columns[:2], (layer.query_norm, layer.key_norm), qkv.rstd_heads, strict=True)
         for columns, norm, rstd_TG in norms:
             part_TN = dqkv_TN[:, columns]
             rms_norm_backward(part_TN, qkv.product_TN[:, columns], norm.weight_D, rstd_TG, None, part_TN)
@@ -256,17 +269,6 @@ def _normed_again(norm: Norm, x_TD: Tensor) -> Tensor:
     out_TD = torch.empty_like(x_TD)
     rms_norm(x_TD, norm.weight_D, norm.epsilon, out_TD)
     return out_TD
-
-
-def _columns(layer: Layer) -> tuple[slice, slice, slice]:
-    q, kv = layer.heads * layer.head_size, layer.groups * layer.head_size
-    return slice(0, q), slice(q, q + kv), slice(q + kv, q + 2 * kv)
-
-
-def _heads(layer: Layer, rows_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (T, heads, size), keys and values (T, groups, size): views."""
-    q, k, v = (rows_TN[:, columns].unflatten(1, (-1, layer.head_size)) for columns in _columns(layer))
-    return q, k, v
 
 
 def _turning_heads(layer: Layer, rows_TN: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def kept_bytes(layer: LayerSizes, keep: Keep, element: int) -> int:
         found += width * element
     if keep <= Keep.NO_MLP:
         twice = 2 if layer.head_norms else 1
-        found += (twice * layer.qkv.size_out + attended + layer.qkv.rank + layer.o.rank) * element
+        found += (twice * (layer.qkv.size_out + layer.qkv.rank) + attended + layer.qkv.rank + layer.o.rank) * element
         found += (1 + layer.heads) * STATISTICS_BYTES
         found += (layer.heads + layer.groups) * STATISTICS_BYTES if layer.head_norms else 0
     if keep == Keep.ALL:

@@ -60,6 +60,9 @@ def why_not_engine(shape: ModelShape, recipe: Recipe, method: str, adapter: Adap
     return (
         why_not_method(recipe, method)
         or _why_not_gpu(gpu)
+        or (
+            "its attention kernels take 16-bit numbers" if gpu is not None and recipe.model.dtype == "float32" else None
+        )
         or why_not_model(shape.part_of or shape.model_type, shape.activation, shape.rope)
         or (_why_not_fp8(shape, gpu) if recipe.precision == "fp8" else None)
         or why_not_adapter(recipe.lora, any(linear.bias for _, linear, _ in shape.linears()))
