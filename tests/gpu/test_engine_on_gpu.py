@@ -63,17 +63,23 @@ def test_norm(groups: int, size: int) -> None:
     close(found, wanted, 5e-2)
 
 
-@pytest.mark.parametrize(("heads", "size"), [(40, 128), (72, 128), (3, 64), (5, 80)])
-def test_rope(heads: int, size: int) -> None:
+@pytest.mark.parametrize(("heads", "groups", "size"), [(32, 8, 128), (64, 8, 128), (3, 3, 64), (5, 1, 80)])
+def test_rope(heads: int, groups: int, size: int) -> None:
     angles = torch.rand(500, size // 2, device=device()) * 6
     cos, sin = angles.cos().to(BF16), angles.sin().to(BF16)
     positions = torch.randint(500, (200,), device=device())
     for inverse in (False, True):
-        found = rows(200, heads * size).unflatten(1, (heads, size))
-        wanted = found.clone()
-        rope.rope_(found, cos, sin, positions, inverse)
-        rope.rope_reference_(wanted, cos, sin, positions, inverse)
-        close(found, wanted)
+        sources, found, wanted = (
+            tuple(rows(200, count * size, pad).unflatten(1, (count, size)) for count in (heads, groups, groups))
+            for pad in (64, 0, 0)
+        )
+        rope.turn(sources, found, cos, sin, positions, inverse)
+        rope.turn_reference(sources, wanted, cos, sin, positions, inverse)
+        for ours, theirs in zip(found, wanted, strict=True):
+            close(ours, theirs)
+        rope.turn(sources, sources, cos, sin, positions, inverse)
+        for ours, theirs in zip(sources, found, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("width", [14336, 28672, 1000])
@@ -194,14 +200,14 @@ def test_attention_kernels_agree(heads: tuple[int, int, int], window: int | None
     batch = pack(examples(LENGTHS), device())
     kind = Kind(size**-0.5, window)
     q, k, v, dout = (
-        rows(batch.segments.tokens, number * size).unflatten(1, (number, size))
+        rows(batch.segments.tokens, number * size, 0).unflatten(1, (number, size))
         for number in (count, groups, groups, count)
     )
 
     def run(attention: Any) -> list[Tensor]:
         out, dq, dk, dv = (
-            rows(batch.segments.tokens, number * size).unflatten(1, (number, size))
-            for number in (count, count, groups, groups)
+            rows(batch.segments.tokens, number * size, pad).unflatten(1, (number, size))
+            for number, pad in ((count, 64), (count, 0), (groups, 0), (groups, 0))
         )
         kept = attention.forward(q, k, v, batch.segments, kind, out)
         attention.backward(dout, q, k, v, out, kept, batch.segments, kind, (dq, dk, dv))
@@ -298,7 +304,7 @@ def test_gradients_are_as_near_to_float32_as_autograds_in_bfloat16(size: str, ki
 @needs_fp8
 @pytest.mark.parametrize(("size", "kind"), [("8b", "llama"), ("70b", "llama"), ("8b", "qwen3")])
 def test_fp8_gradients_are_near_those_in_float32(size: str, kind: str) -> None:
-    """An e4m3 factor is 2.6 % off on the whole, a product of two 3.7 %; a layer is a few of them."""
+    """An e4m3 factor is 2.6 % off on the whole, a product of two 3.7 %; eight stand one after the other here."""
     torch.backends.cuda.matmul.allow_tf32 = False
     exact = by_autograd(network(size, kind, torch.float32), False)
     model = network(size, kind, BF16)
@@ -311,7 +317,7 @@ def test_fp8_gradients_are_near_those_in_float32(size: str, kind: str) -> None:
         found.append(gradients(model))
     for name, gradient in exact.items():
         error = float((found[0][name] - gradient).norm() / gradient.norm())
-        assert error < 0.15, (name, error)
+        assert error < 0.22, (name, error)
         print(name, error)
         again = float((found[1][name] - found[0][name]).norm() / gradient.norm())
         assert again < 1e-2, (name, again)

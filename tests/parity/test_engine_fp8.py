@@ -94,7 +94,7 @@ def test_the_rounding_stays_within_what_three_bits_of_mantissa_cost(family):
         sum(float(part.square().sum()) for part in parts) ** 0.5
         for parts in ([found[name] - gradient for name, gradient in wanted.items()], wanted.values())
     )
-    assert 0.005 < off / whole < 0.1
+    assert 0.005 < off / whole < 0.2
 
 
 @pytest.mark.parametrize("keep", [Keep.NO_MLP, Keep.RESIDUALS, Keep.INPUT])
@@ -178,8 +178,8 @@ def test_planned_sizes_and_memory_are_the_programs_own(method):
 
 def test_what_has_no_8_bit_products_is_refused_aloud():
     assert "has no products in 8-bit" in (engine_case_reason(["precision=fp8"], {}, "a100-80gb") or "")
-    assert "side of 40" in (engine_case_reason(["precision=fp8"], {"intermediate_size": 40}, "h100") or "")
-    assert engine_case_reason(["precision=fp8"], {}, "h100") is None
+    assert "side of 40" in (engine_case_reason(["precision=fp8"], {"intermediate_size": 40}, "h100-sxm") or "")
+    assert engine_case_reason(["precision=fp8"], {}, "h100-sxm") is None
     assert engine_case_reason([], {"intermediate_size": 40}, "a100-80gb") is None
     odd = build("llama")
     recipe = read_recipe(None, ["method=lora", "precision=fp8", "engine=off"])

@@ -17,7 +17,7 @@ from thriftune.engine.packing import PackedBatch
 from thriftune.engine.sizes import Keep, LayerSizes
 from thriftune.engine.weights import Outgoing, Stack
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
-from thriftune.kernels.rope import rope_
+from thriftune.kernels.rope import Heads, turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
 
 
@@ -60,9 +60,16 @@ class Layer:
         q, kv = self.heads * self.head_size, self.groups * self.head_size
         return slice(0, q), slice(q, q + kv), slice(q + kv, q + 2 * kv)
 
-    def heads_of(self, rows_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, rows_TN: Tensor) -> Heads:
         """Queries (T, heads, size), keys and values (T, groups, size): views."""
         q, k, v = (rows_TN[:, columns].unflatten(1, (-1, self.head_size)) for columns in self.columns)
+        return q, k, v
+
+    def heads_alone(self, like_TN: Tensor) -> Heads:
+        """Uninitialised places of the same shapes, with nothing between their tokens: what cuDNN adds up a gradient in
+        is as large as the gradient's tokens lie apart, and it takes queries and their gradient to lie alike."""
+        tokens, size = like_TN.shape[0], self.head_size
+        q, k, v = (like_TN.new_empty(tokens, count, size) for count in (self.heads, self.groups, self.groups))
         return q, k, v
 
     def acquire_forward(self) -> None:
@@ -106,10 +113,12 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Qkv:
+    """`heads` are queries, keys and values as attention reads them; the last two are there where these have norms."""
+
     rstd_T1: Tensor  # noqa: N815
     side_TR: Tensor | None  # noqa: N815
-    product_TN: Tensor  # noqa: N815 # queries and keys turned; before their norm where they have one
-    turned_TN: Tensor  # noqa: N815 # as attention reads them; the same tensor without a norm
+    heads: Heads
+    product_TN: Tensor | None  # noqa: N815
     rstd_heads: tuple[Tensor, Tensor] | None
 
 
@@ -152,29 +161,25 @@ def _project(layer: Layer, x_TD: Tensor, step: Step) -> _Qkv:
     """Norm, queries, keys and values, their norms and their rotation."""
     normed_TX = layer.qkv.input_buffer(x_TD)
     rstd_T1 = rms_norm(x_TD, layer.input_norm.weight_D, layer.input_norm.epsilon, normed_TX[:, : layer.qkv.size_in])
-    # Queries, keys and values lie as far apart as their gradients will: cuDNN's backward pass needs that, unsaid.
-    product_TN = layer.qkv.output_buffer(x_TD).gradient_TO
-    _, side_TR = layer.qkv.forward(normed_TX, None, product_TN)
-    turned_TN, rstd_heads = product_TN, None
-    if layer.query_norm is not None and layer.key_norm is not None:
-        turned_TN = layer.qkv.output_buffer(x_TD).gradient_TO
-        q, k, v = layer.columns
-        rstd_heads = (
-            rms_norm(product_TN[:, q], layer.query_norm.weight_D, layer.query_norm.epsilon, turned_TN[:, q],
-                     layer.heads),
-            rms_norm(product_TN[:, k], layer.key_norm.weight_D, layer.key_norm.epsilon, turned_TN[:, k],
-                     layer.groups),
-        )  # fmt: skip
-        turned_TN[:, v] = product_TN[:, v]
-    rope_(_turning_heads(layer, turned_TN), step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=False)
-    return _Qkv(rstd_T1, side_TR, product_TN, turned_TN, rstd_heads)
+    product_TN, side_TR = layer.qkv.forward(normed_TX, None)
+    heads, sources = layer.heads_alone(product_TN), layer.heads_of(product_TN)
+    turning = (step.cos_PC, step.sin_PC, step.batch.positions_T)
+    if layer.query_norm is None or layer.key_norm is None:
+        turn(sources, heads, *turning, inverse=False)
+        return _Qkv(rstd_T1, side_TR, heads, None, None)
+    q, k = heads[0].flatten(1), heads[1].flatten(1)
+    rstd_heads = (
+        rms_norm(sources[0].flatten(1), layer.query_norm.weight_D, layer.query_norm.epsilon, q, layer.heads),
+        rms_norm(sources[1].flatten(1), layer.key_norm.weight_D, layer.key_norm.epsilon, k, layer.groups),
+    )
+    turn((*heads[:2], sources[2]), heads, *turning, inverse=False)
+    return _Qkv(rstd_T1, side_TR, heads, product_TN, rstd_heads)
 
 
 def _attend(layer: Layer, qkv: _Qkv, step: Step) -> _Attended:
-    out_TX = layer.o.input_buffer(qkv.turned_TN)
-    q, k, v = layer.heads_of(qkv.turned_TN)
+    out_TX = layer.o.input_buffer(qkv.heads[0])
     out_THK = out_TX[:, : layer.o.size_in].unflatten(1, (layer.heads, layer.head_size))
-    kept = step.attention.forward(q, k, v, step.batch.segments, layer.attention, out_THK)
+    kept = step.attention.forward(*qkv.heads, step.batch.segments, layer.attention, out_THK)
     return _Attended(out_TX, kept, None)
 
 
@@ -234,23 +239,25 @@ def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer 
     dout_TQ = layer.o.backward(dmiddle, wants_dx=True)
     assert dout_TQ is not None
     layer.o.add_gradients(dmiddle, out_TQ, attended.side_TR)
-    dqkv = layer.qkv.output_buffer(dout_TQ)
-    dqkv_TN = dqkv.gradient_TO
     by_head = (layer.heads, layer.head_size)
+    dheads = layer.heads_alone(dout_TQ)
     step.attention.backward(
         dout_TQ.unflatten(1, by_head),
-        *layer.heads_of(qkv.turned_TN),
+        *qkv.heads,
         out_TQ.unflatten(1, by_head),
         attended.kept,
         step.batch.segments,
         layer.attention,
-        layer.heads_of(dqkv_TN),
+        dheads,
     )
-    rope_(_turning_heads(layer, dqkv_TN), step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=True)
+    dqkv = layer.qkv.output_buffer(dout_TQ)
+    parts = layer.heads_of(dqkv.gradient_TO)
+    turn(dheads, parts, step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=True)
     if layer.query_norm is not None and layer.key_norm is not None and qkv.rstd_heads is not None:
+        assert qkv.product_TN is not None
         norms = zip(layer.columns[:2], (layer.query_norm, layer.key_norm), qkv.rstd_heads, strict=True)
         for columns, norm, rstd_TG in norms:
-            part_TN = dqkv_TN[:, columns]
+            part_TN = dqkv.gradient_TO[:, columns]
             rms_norm_backward(part_TN, qkv.product_TN[:, columns], norm.weight_D, rstd_TG, None, part_TN)
     saved.attended = None
     normed_TD = _normed_again(layer.input_norm, saved.x_TD) if layer.qkv.rank else None
@@ -269,9 +276,3 @@ def _normed_again(norm: Norm, x_TD: Tensor) -> Tensor:
     out_TD = torch.empty_like(x_TD)
     rms_norm(x_TD, norm.weight_D, norm.epsilon, out_TD)
     return out_TD
-
-
-def _turning_heads(layer: Layer, rows_TN: Tensor) -> Tensor:
-    """Queries' and keys' heads side by side: a view."""
-    turning = (layer.heads + layer.groups) * layer.head_size
-    return rows_TN[:, :turning].unflatten(1, (-1, layer.head_size))

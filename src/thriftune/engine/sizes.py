@@ -145,7 +145,7 @@ def kept_bytes(layer: LayerSizes, keep: Keep, element: int) -> int:
         found += width * element
     if keep <= Keep.NO_MLP:
         twice = 2 if layer.head_norms else 1
-        found += (twice * (layer.qkv.size_out + layer.qkv.rank) + attended + layer.qkv.rank + layer.o.rank) * element
+        found += (twice * layer.qkv.size_out + attended + layer.qkv.rank + layer.o.rank) * element
         found += (1 + layer.heads) * STATISTICS_BYTES
         found += (layer.heads + layer.groups) * STATISTICS_BYTES if layer.head_norms else 0
     if keep == Keep.ALL:
@@ -167,7 +167,7 @@ def working_bytes(layer: LayerSizes, keep: Keep, element: int, fp8: bool) -> int
     in_norm = dy + 2 * width + dmiddle
     # The gradient of attention's result and of queries, keys and values, and cuDNN's float32 sums of three of them; the
     # gate's and up's product is gone.
-    in_attention = dmiddle + queries + layer.qkv.size_out + layer.qkv.rank + 6 * queries - _gate_up(layer)
+    in_attention = dmiddle + queries + layer.qkv.size_out + 6 * queries - _gate_up(layer)
     found = missing + (max(in_mlp, in_norm, in_attention) + width) * element
     if fp8:  # the largest product's factor in 8 bits, beside what is there then
         factor = layer.gate_up.size_out + FP8_PLACES * layer.gate_up.rank

@@ -27,7 +27,7 @@ def why_not_trusted(attention: Attention, layers: Sequence[Layer], device: torch
     asked = set()
     for layer in layers:
         windowed = layer.attention.window is not None
-        key = (layer.heads, layer.groups, layer.head_size, layer.qkv.size_out, layer.qkv.rank, layer.o.rank, windowed)
+        key = (layer.heads, layer.groups, layer.head_size, layer.o.rank, windowed)
         if key in asked:
             continue
         asked.add(key)
@@ -51,13 +51,11 @@ def _outputs(attention: Attention, layer: Layer, kind: Kind, device: torch.devic
     drawn = torch.Generator(device).manual_seed(0)
     example = torch.empty(segments.tokens, 0, dtype=torch.bfloat16, device=device)
     by_head = (layer.heads, layer.head_size)
-    turned_TN, gradient_TN = (layer.qkv.output_buffer(example).gradient_TO for _ in range(2))
+    heads, gradients = layer.heads_alone(example), layer.heads_alone(example)
     out_THK = layer.o.input_buffer(example)[:, : layer.o.size_in].unflatten(1, by_head)
     dout_THK = torch.empty(segments.tokens, layer.o.size_in, dtype=example.dtype, device=device).unflatten(1, by_head)
-    for place in (turned_TN, dout_THK):
+    for place in (*heads, dout_THK):
         place.copy_(torch.randn(place.shape, generator=drawn, device=device))
-    q, k, v = layer.heads_of(turned_TN)
-    kept = attention.forward(q, k, v, segments, kind, out_THK)
-    gradients = layer.heads_of(gradient_TN)
-    attention.backward(dout_THK, q, k, v, out_THK, kept, segments, kind, gradients)
+    kept = attention.forward(*heads, segments, kind, out_THK)
+    attention.backward(dout_THK, *heads, out_THK, kept, segments, kind, gradients)
     return [out_THK, *gradients]

@@ -20,7 +20,7 @@ from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 from thriftune.kernels.fp8 import E4M3, Side, Sides, quantise_rows, unpack_to_columns, unpack_to_rows
 from thriftune.kernels.launch import has_triton
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
-from thriftune.kernels.rope import rope_
+from thriftune.kernels.rope import turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
 
 ROWS = 16
@@ -71,9 +71,9 @@ def _run_each_kernel(
             rstd = rms_norm(rows(heads * size), of_head, epsilon, rows(heads * size), heads)
             rms_norm_backward(rows(heads * size), rows(heads * size), of_head, rstd, None, rows(heads * size))
         angles = torch.zeros(ROWS, size // 2, dtype=torch.bfloat16, device=device)
-        turning = rows((heads + groups) * size).unflatten(1, (heads + groups, size))
+        q, k, v = (rows(count * size).contiguous().unflatten(1, (count, size)) for count in (heads, groups, groups))
         for inverse in (False, True):
-            rope_(turning, angles, angles, torch.arange(ROWS, device=device), inverse)
+            turn((q, k, v), (q, k, v.clone()), angles, angles, torch.arange(ROWS, device=device), inverse)
         gate_up, h = rows(2 * inner).contiguous(), rows(inner).contiguous()
         swiglu(gate_up, rows(inner))
         swiglu_backward(gate_up, h, rows(2 * inner), h)

@@ -102,7 +102,7 @@ def write_weight(weight_NI: Tensor, scales_N1: Tensor, out_NI: Tensor) -> None:
     """Write a weight over its rows' scales into `out_NI`, some rows at a time."""
     for first in range(0, weight_NI.shape[0], 1024):
         rows = slice(first, first + 1024)
-        out_NI[rows] = (weight_NI[rows].float() / scales_N1[rows]).clamp_(-LARGEST, LARGEST).to(E4M3)
+        out_NI[rows] = (weight_NI[rows].float() / scales_N1[rows]).clamp_(-LARGEST, LARGEST).to(out_NI.dtype)
 
 
 def unpack_to_rows(weight: FourBit, scales_N1: Tensor, out_NI: Tensor) -> None:
