@@ -76,7 +76,6 @@ TORCH_FREE = {
 HEAVY = {"torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
 MAX_LINES = 400
 LONG_FILES: dict[str, str] = {  # path under src/thriftune -> why one file of that length reads better than two
-    "records.py": "whoever reads a folder of runs finds every field in one place",
     "recipe/schema.py": "the one home of every option and default",
 }
 
