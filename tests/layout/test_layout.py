@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"recipe", "records", "hub"},
     "models": {"recipe", "model_files", "shapes"},
     "methods": {"recipe", "model_files", "models", "shapes"},
+    "lowrank": set(),
     "kernels": set(),
     "engine": {"recipe", "data", "kernels"},
     "train": {"recipe", "records", "data", "methods.base"},
