@@ -40,6 +40,7 @@ SECTION_TITLES = {
     "lora": "lora: the adapter of methods lora and qlora",
     "quant": "quant: the frozen weights of method qlora",
     "generation": "generation: how answers are written by `predict`, `chat` and `eval`",
+    "federated": "federated: of the `federate` verbs",
 }
 
 

@@ -149,7 +149,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     )
     total_parameters = count_parameters(loaded.model)
     model = method.attach(loaded, recipe)
-    job, path_reason = _with_path(_job(prepared, method, loaded, model, processes, output, resume_command))
+    job, path_reason = with_path(make_job(prepared, method, loaded, model, processes, output, resume_command))
     path_name: Literal["engine", "generic"] = "generic" if job.path is None else job.path.name
     for observer in observers if processes.is_main else []:
         observer.event(f"path: {path_name} ({path_reason})")
@@ -207,7 +207,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
         raise
     result = output / method.result_folder
     if processes.is_main:
-        _export(method, job.model, loaded, recipe, result)
+        export_result(method, job.model, loaded, recipe, result)
     processes.barrier()
     finished = record("done", outcome, result)
     if processes.is_main:
@@ -215,7 +215,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     return finished
 
 
-def _job(
+def make_job(
     prepared: Prepared,
     method: Method,
     loaded: LoadedModel,
@@ -243,7 +243,7 @@ def _job(
     )
 
 
-def _with_path(job: TrainJob) -> tuple[TrainJob, str]:
+def with_path(job: TrainJob) -> tuple[TrainJob, str]:
     """The job with the engine as its path, or as it is; and why."""
     device = job.processes.device
     reason = why_not_here(job.model, job.recipe, device)
@@ -358,7 +358,7 @@ def _leave_behind(output: Path, record: RunRecord) -> None:
     write_record(output / "record.json", record)
 
 
-def _export(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
+def export_result(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
     """Write the result aside, then put it in place whole."""
     aside = result.with_name(f".{result.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The typed recipe of a run: schema and defaults (`schema.py`), and how it is read and written (`read.py`)."""
 
+from thriftune.recipe.federated import FederatedRecipe
 from thriftune.recipe.read import dump_yaml, option_place, read_recipe
 from thriftune.recipe.schema import (
     DataRecipe,
@@ -15,6 +16,7 @@ from thriftune.recipe.schema import (
 
 __all__ = [
     "DataRecipe",
+    "FederatedRecipe",
     "GenerationRecipe",
     "LoraRecipe",
     "MethodName",
