@@ -53,11 +53,10 @@ class Federation:
         self.output = Path(self.prepared.recipe.output or "")
         self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output)
         self.base: Base = open_base(self.prepared, self.output)
-        self.ranks = ranks
 
     def site(self, name: str, keeps: bool = False) -> Site:
         folder = self.output / name
-        return Site(self.base, name, self.prepared.data.train, self.ranks[name], folder, [], keeps)
+        return Site(self.base, name, self.prepared.data.train, folder, [], keeps)
 
 
 @pytest.mark.parametrize("engine", ["auto", "off"])

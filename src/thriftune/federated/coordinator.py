@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from thriftune.errors import InputError, ThriftuneError
 from thriftune.federated.adapter import find_places, start_of
@@ -21,7 +22,7 @@ from thriftune.federated.aggregate import MIXED_RANKS, Refused, Update, aggregat
 from thriftune.federated.message import Header, MessageError, expect, factors_of, open_message, pack, rounded
 from thriftune.federated.privacy import private_mean
 from thriftune.federated.records import CoordinatorState, FederatedRound, SiteRound
-from thriftune.federated.site import check_recipe
+from thriftune.federated.site import check_recipe, terms_of
 from thriftune.methods import METHODS
 from thriftune.recipe import Recipe
 from thriftune.records import read_record, write_record
@@ -61,28 +62,38 @@ class Coordinator:
     @property
     def waits_for(self) -> list[str]:
         """Sites that were made an offer in this round and have neither answered nor been refused."""
-        return [site for site in self._tickets if site not in self._updates]
+        refused = {entry.site for entry in self._refused}
+        return [site for site in self._tickets if site not in self._updates and site not in refused]
 
     def offer(self, site: str) -> bytes:
         """The message that asks a site for its update in this round; the offer before it is void."""
-        rounds = self.recipe.federated
         self._tickets[site] = secrets.token_hex(8)
+        data = self._message(site, "offer", self._tickets[site])
+        self._sent[site] = SiteRound(site=site, rank=self.sites[site], bytes_down=len(data))
+        return data
+
+    def end(self, site: str) -> bytes:
+        """The message that gives a site the result."""
+        return self._message(site, "end", "")
+
+    def _message(self, site: str, kind: Literal["offer", "end"], ticket: str) -> bytes:
+        rounds = self.recipe.federated
         header = Header(
-            kind="offer",
+            kind=kind,
             federation=self.state.federation,
             round=self.round,
             rounds=rounds.rounds,
             site=site,
-            ticket=self._tickets[site],
+            ticket=ticket,
             half="both",
-            train=trained_half(rounds.aggregation, self.round),
             rank=self._places.rank,
+            train=trained_half(rounds.aggregation, self.round),
+            train_rank=self.sites[site],
             dtype=rounds.send_dtype,
             places=self._places.fingerprint(),
+            terms=terms_of(self.recipe),
         )
-        data = pack(header, self.current)
-        self._sent[site] = SiteRound(site=site, rank=self.sites[site], bytes_down=len(data))
-        return data
+        return pack(header, self.current)
 
     def take(self, site: str, data: bytes) -> None:
         """Keep the update that a site sent. Raises MessageError for one that is not the answer to this round's

@@ -32,22 +32,26 @@ class MessageError(InputError):
 
 
 class Header(BaseModel):
-    """`half` says which factors follow, `rank` how many components of each, `train` what the site is to train. The last
-    three are a site's own numbers."""
+    """`half` says which factors follow and `rank` how many components of each; `train` and `train_rank` what the site
+    is to train. `places` and `terms` are fingerprints of the adapter and of the options. The last three are a site's
+    own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["offer", "update"]
+    kind: Literal["offer", "update", "end"]
     federation: str
     round: int
     rounds: int
     site: str
     ticket: str
     half: Half
-    train: Half
     rank: int
+    train: Half
+    train_rank: int
     dtype: Literal["bfloat16", "float32"]
     places: str
+    terms: str
     sha256: str = ""
     targets: int | None = None
     loss: float | None = None

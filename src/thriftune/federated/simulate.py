@@ -16,7 +16,7 @@ from thriftune.data import Example
 from thriftune.errors import InputError
 from thriftune.federated.coordinator import Coordinator
 from thriftune.federated.records import FederatedRecord, FederatedRound
-from thriftune.federated.result import record_of, write_result
+from thriftune.federated.result import record_of, round_line, write_result
 from thriftune.federated.site import Base, Site, eval_loss, open_base, recipe_of_rounds
 from thriftune.federated.split import read_split, share_out
 from thriftune.recipe import Recipe
@@ -58,7 +58,7 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     say(f"path: {base.path.name} ({base.path_reason})")
     for name in names:
         say(f"{name}: {len(examples[name]):,} rows, rank {ranks[name]}")
-    sites = [_site(base, name, examples[name], ranks[name], output) for name in names]
+    sites = [_site(base, name, examples[name], output) for name in names]
     while not coordinator.is_done:
         say(round_line(_round(coordinator, base, sites), recipe))
     record = record_of(
@@ -74,22 +74,6 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     return record
 
 
-def round_line(done: FederatedRound, recipe: Recipe) -> str:
-    """One line for a finished round: losses, bytes, what was refused."""
-    losses = [site.loss for site in done.sites if site.loss is not None]
-    up, down = (sum(getattr(site, key) for site in done.sites) for key in ("bytes_up", "bytes_down"))
-    words = [f"round {done.round}/{recipe.federated.rounds}: {done.updates} of {len(done.sites)} sites"]
-    if losses:
-        words.append(f"loss {min(losses):.4f} to {max(losses):.4f}")
-    if done.eval_loss is not None:
-        words.append(f"eval loss {done.eval_loss:.4f}")
-    words.append(f"{up:,} bytes up, {down:,} down")
-    if recipe.federated.aggregation == "svd":
-        words.append(f"energy kept {done.energy_kept:.4f}")
-    words += [site.refused for site in done.sites if site.refused]
-    return ", ".join(words)
-
-
 def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> FederatedRound:
     for site in sites:
         coordinator.take(site.name, site.answer(coordinator.offer(site.name)))
@@ -101,10 +85,10 @@ def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> Feder
     return coordinator.close(measure)
 
 
-def _site(base: Base, name: str, examples: Sequence[Example], rank: int, output: Path) -> Site:
+def _site(base: Base, name: str, examples: Sequence[Example], output: Path) -> Site:
     folder = output / "sites" / name
     folder.mkdir(parents=True, exist_ok=True)
-    return Site(base, name, examples, rank, folder, [MetricsFile(folder / "metrics.jsonl")], keeps=False)
+    return Site(base, name, examples, folder, [MetricsFile(folder / "metrics.jsonl")], keeps=False)
 
 
 def _share(prepared: Prepared, shares: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, list[Example]]:

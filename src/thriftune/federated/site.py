@@ -7,13 +7,15 @@ rows, so a site that missed rounds goes on where the others are.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thriftune.data import Example
-from thriftune.errors import RecipeError
+from thriftune.errors import InputError, RecipeError
 from thriftune.federated.adapter import Places, find_places
 from thriftune.federated.message import Header, expect, factors_of, open_message, pack
 from thriftune.federated.part import PartialPath, without_components_beyond
@@ -21,7 +23,7 @@ from thriftune.methods import METHODS
 from thriftune.models import LoadedModel, load_model
 from thriftune.recipe import Recipe
 from thriftune.records import StepMetrics
-from thriftune.run import Prepared, make_job, with_path
+from thriftune.run import Prepared, export_result, make_job, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob
 from thriftune.train.checkpoint import TrainState, check_identity, find_checkpoint, prune_checkpoints, write_checkpoint
 from thriftune.train.distributed import Processes
@@ -55,6 +57,12 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError(problems, "the recipe")
 
 
+def terms_of(recipe: Recipe) -> str:
+    """Fingerprint of what both ends must have in common, beside the adapter's shapes."""
+    text = json.dumps([recipe.lora.model_dump(mode="json"), recipe.federated.model_dump(mode="json")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def recipe_of_rounds(recipe: Recipe) -> Recipe:
     """The recipe with its number of steps: those of all rounds."""
     check_recipe(recipe)
@@ -83,17 +91,16 @@ class Site:
         base: Base,
         name: str,
         examples: Sequence[Example],
-        rank: int,
         output: Path,
         observers: Sequence[Observer],
         keeps: bool,
     ) -> None:
         """`keeps`: write the optimizer to `output` after each round, and take up there when started again."""
-        self.name, self.rank, self.output = name, rank, output
+        self.name, self.output = name, output
         self._keeps = keeps
         self._base = base
         self._job = replace(base.job, train_examples=examples, output=output)
-        self._path = PartialPath(base.path, base.places, rank)
+        self._path = PartialPath(base.path, base.places, base.places.rank)
         self._observers = Observers(observers)
         recipe = self._job.recipe
         self._optimizer, _, remark = build_optimizer(self._job.model, recipe, self._job.processes.device)
@@ -107,12 +114,32 @@ class Site:
     def job(self) -> TrainJob:
         return self._job
 
-    def _join(self, federation: str) -> None:
+    def end(self, message: bytes) -> Path:
+        """Take the result of the federation, and write it as a PEFT folder. Returns the folder."""
+        opened = open_message(message)
+        self._check(opened.header, "end")
+        places, job = self._base.places, self._job
+        places.write(factors_of(opened, places.shapes(), places.read()))
+        result = self.output / job.method.result_folder
+        export_result(job.method, job.model, self._base.loaded, job.recipe, result)
+        return result
+
+    def _check(self, header: Header, kind: str) -> None:
+        expect(header, kind=kind, site=self.name)
+        ours = (self._base.places.fingerprint(), terms_of(self._job.recipe))
+        if (header.places, header.terms) != ours:
+            raise InputError(
+                given="the coordinator's adapter or its options of the rounds are not those of this site",
+                allowed="the same model, lora options and federated options at both ends",
+                do="give both the same recipe with --config",
+            )
+
+    def _join(self, header: Header) -> None:
         """At the first offer: take up the optimizer of the last round that was finished in this folder, if there is
         one. Raises CheckpointError when the folder belongs to another federation."""
         if self._state.identity:
             return
-        identity = {**self._job.identity, "federation": federation, "rank": self.rank}
+        identity = {**self._job.identity, "federation": header.federation, "rank": header.train_rank}
         self._state = TrainState(identity=identity)
         found = find_checkpoint(self.output, "auto", self._observers.event) if self._keeps else None
         if found is None:
@@ -131,12 +158,12 @@ class Site:
         """
         message = open_message(offer)
         header = message.header
-        expect(header, kind="offer", site=self.name, places=self._base.places.fingerprint())
-        self._join(header.federation)
+        self._check(header, "offer")
+        self._join(header)
         places, rounds = self._base.places, self._job.recipe.federated
         places.write(factors_of(message, places.shapes(), places.read()))
         if rounds.aggregation == "fedit":
-            without_components_beyond(places, self.rank)
+            without_components_beyond(places, header.train_rank)
         loss, train_s = self._train(header)
         if self._keeps:
             self._keep()
@@ -144,13 +171,14 @@ class Site:
         if rounds.clip_norm is None:  # with it, nothing leaves that is not clipped
             own |= {"targets": self.targets, "loss": loss}
         return pack(
-            header.model_copy(update={"kind": "update", "rank": self.rank, "half": header.train, **own}), places.read()
+            header.model_copy(update={"kind": "update", "rank": header.train_rank, "half": header.train, **own}),
+            places.read(),
         )
 
     def _train(self, header: Header) -> tuple[float, float]:
         """One round. Returns (mean loss over its target tokens, seconds)."""
         job, rounds = self._job, self._job.recipe.federated
-        self._path.half = header.train
+        self._path.half, self._path.rank = header.train, header.train_rank
         first = header.round * rounds.local_steps
         meter, losses = Meter(job.processes.device), []
         job.model.train()
