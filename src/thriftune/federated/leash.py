@@ -23,6 +23,7 @@ class Leashed:
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
+        self._start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "thriftune.federated.leash", *command],
@@ -43,10 +44,13 @@ class Leashed:
             self._process.stdin.close()
         self._process.wait()
 
+    def said(self) -> str:
+        """All that it has written so far."""
+        return self.log.read_bytes()[self._start :].decode("utf-8", errors="replace")
+
     def last_words(self) -> str:
-        """The last lines of the log, for a message."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return " | ".join(line.strip() for line in lines[-6:] if line.strip())
+        """Its last lines, for a message."""
+        return " | ".join([line.strip() for line in self.said().splitlines() if line.strip()][-6:])
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from thriftune.federated.keys import SiteKeys
 from thriftune.federated.leash import Leashed
 
 SITE_TASK = "flwr-clientapp"
-NOT_LET_IN = 305  # Flower's exit code of a node whose first call was refused
+LET_IN = "SuperNode ID:"  # what a SuperNode writes when the coordinator has let it in
+NOT_LET_IN = "Exit Code: 305"  # and when it refuses
 TRIES = 5
 
 
@@ -50,7 +51,6 @@ class SiteLink:
             try:
                 token = acquire(self._client, SITE_TASK, None)
                 if token is not None:
-                    self._was_in, self._refusals = True, 0
                     return Task(self._address, token)
             except httpx.TransportError:
                 pass  # the SuperNode is starting
@@ -80,14 +80,15 @@ class SiteLink:
         self._client = acquiring_client(self._address, None, self._secret)
 
     def _keep_alive(self) -> None:
-        code = self._process.exit_code
-        if code is None:
+        if self._process.exit_code is None:
             return
-        self._refusals += code == NOT_LET_IN % 256
+        said = self._process.said()
+        self._was_in |= LET_IN in said
+        self._refusals += NOT_LET_IN in said
         if self._refusals >= TRIES and not self._was_in:
             raise InputError(
                 given=f"the coordinator at {self._server} does not let site {self._keys.site} in: "
-                f"{self._process.last_words()}",
+                f"{said.partition(NOT_LET_IN)[2].strip().partition('For more')[0].strip()}",
                 allowed="a site whose public key the coordinator has, and a coordinator with a certificate of the same "
                 "authority",
                 do="take the folder that federate keys made for this site together with the coordinator's",
