@@ -43,7 +43,7 @@ from thriftune.run import prepare_run
 
 ROUNDS = 8
 WORDS = [
-    *("pocket", "method=lora", "lora.r=4", "local_steps=1", f"federated.rounds={ROUNDS}", "round_timeout_s=30"),
+    *("pocket", "method=lora", "lora.r=16", "local_steps=1", f"federated.rounds={ROUNDS}", "round_timeout_s=90"),
     *("per_device_train_batch_size=2", "gradient_accumulation_steps=1", "quorum=0.6"),
 ]
 OWN = ["max_samples=16", "save_strategy=no"]
@@ -119,7 +119,7 @@ class Play:
         self.join("b", certificates / "sites" / "b")
         self.wait_for("serve", f"round 7/{ROUNDS}: ")
         self.kill("serve")
-        self.wait_until(lambda: not self.answers(), "the port is free")
+        wait_until(lambda: not self.answers(), "the port is free")
         self.serve()
         codes = {name: self.processes[name].wait(WAIT_S) for name in ("serve", "a", "b", "c")}
         self.check("all end by themselves", "exit codes 0", set(codes.values()) == {0}, str(codes))
@@ -157,17 +157,10 @@ class Play:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def said(self, name: str) -> str:
-        return (self.folder / f"{name}.out").read_text(encoding="utf-8", errors="replace")
+        return text_of(self.folder / f"{name}.out")
 
     def wait_for(self, name: str, words: str) -> None:
-        self.wait_until(lambda: words in self.said(name), f"{name}: {words}")
-
-    def wait_until(self, holds: Callable[[], bool], what: str) -> None:
-        ends = time.monotonic() + WAIT_S
-        while not holds():
-            if time.monotonic() > ends:
-                raise TimeoutError(f"waited {WAIT_S:g} s for: {what}\n{self.said('serve')}")
-            time.sleep(0.1)
+        wait_until(lambda: words in self.said(name), f"{name}: {words}")
 
     def end(self) -> None:
         for process in self.processes.values():
@@ -177,6 +170,18 @@ class Play:
 
     def check(self, what: str, expected: str, holds: bool, note: str = "") -> None:
         self.seen.append({"what": what, "expected": expected, "holds": bool(holds), "note": note})
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    ends = time.monotonic() + WAIT_S
+    while not holds():
+        if time.monotonic() > ends:
+            raise TimeoutError(f"waited {WAIT_S:g} s for: {what}")
+        time.sleep(0.1)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def act_as_rogue(folder: Path, server: str) -> None:
@@ -201,6 +206,8 @@ def act_as_rogue(folder: Path, server: str) -> None:
             update = site.answer(task.data)
             first = first or update
             number = message.header.round + 1
+            if number == 7:  # slow enough for site b to come back within the round
+                wait_until(lambda: f"round 7 of {ROUNDS}: " in text_of(folder / "b.out"), "site b in round 7")
             if number == 2:
                 update = first
             elif number == 3:
@@ -224,15 +231,19 @@ def report(play: Play, results: Path) -> None:
         reason = refused[number].get("c", "")
         play.check(what, "refused, by the site's name", words in reason and "site c" in reason, reason)
     play.check("a site killed in round 6", "the round goes on with 2", taken[6] == 2, f"{taken[6]} updates")
-    play.check("the site started again", "takes part in round 7", taken[7] == 3, f"{taken[7]} updates")
+    went_on = "went on from" in play.said("b")
+    play.check(
+        "the site started again", "in round 7, with its moments", taken[7] == 3 and went_on, f"{taken[7]} updates"
+    )
     said = play.said("serve")
     went_on = f"round {ROUNDS} of {ROUNDS}" in said and said.count("serving ") == 2
     play.check("the coordinator killed after round 7", "goes on with round 8", went_on and len(taken) == ROUNDS)
     last = record.rounds[-1]
     messages_up, messages_down = (sum(getattr(site, key) for site in last.sites) for key in ("bytes_up", "bytes_down"))
     over = max(record.meter["bytes_up"] / messages_up, record.meter["bytes_down"] / messages_down) - 1
-    play.check("Flower's meter against the messages, round 8", "at most 2 KiB more a message",
-               record.meter["bytes_up"] - messages_up <= 3 * 2048, f"{100 * over:.2f} % more")  # fmt: skip
+    play.check(
+        "Flower's meter against the messages, round 8", "within 1 %", 0 <= over < 0.01, f"{100 * over:.2f} % more"
+    )
     left = [line for line in command_lines() if str(play.folder) in line and "deployment.py" not in line]
     play.check("processes left over", "none", not left, "; ".join(left))
     results.mkdir(parents=True, exist_ok=True)

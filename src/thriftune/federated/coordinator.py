@@ -56,6 +56,11 @@ class Coordinator:
         return self.state.rounds_done
 
     @property
+    def sides(self) -> int:
+        """In + out features, summed over the adapted matrices."""
+        return sum(out + into for out, into in self._shapes.values())
+
+    @property
     def is_done(self) -> bool:
         return self.round >= self.recipe.federated.rounds
 

@@ -16,7 +16,9 @@ from thriftune.federated.keys import read_site_keys
 from thriftune.federated.message import describe_sent, open_message
 from thriftune.federated.site import Site, open_base, recipe_of_rounds
 from thriftune.recipe import Recipe
+from thriftune.records import StepMetrics
 from thriftune.run import prepare_run
+from thriftune.train import Observer
 from thriftune.train.observe import MetricsFile
 
 SENT = "sent.jsonl"
@@ -42,7 +44,8 @@ def join(asked: Joining, say: Callable[[str], None]) -> Path:
     prepared = prepare_run(recipe_of_rounds(asked.recipe).replace(output=str(output)), force=asked.force)
     base = open_base(prepared, output)
     say(f"site {keys.site}: {len(prepared.data.train):,} rows; path: {base.path.name} ({base.path_reason})")
-    site = Site(base, keys.site, prepared.data.train, output, [MetricsFile(output / "metrics.jsonl")], keeps=True)
+    observers: list[Observer] = [MetricsFile(output / "metrics.jsonl"), Events(say)]
+    site = Site(base, keys.site, prepared.data.train, output, observers, keeps=True)
     with SiteLink(keys, asked.server, output / "flower") as link:
         say(f"joining {asked.server}")
         while True:
@@ -54,6 +57,28 @@ def join(asked: Joining, say: Callable[[str], None]) -> Path:
                 continue
             if result is not None:
                 return result
+
+
+class Events:
+    """An observer that hands on what happens, and no steps."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def start(self, first_step: int, num_steps: int) -> None:
+        pass
+
+    def step(self, metrics: StepMetrics) -> None:
+        pass
+
+    def event(self, text: str) -> None:
+        self._say(text)
+
+    def saved(self, folder: Path) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 def _answer(task: Task, site: Site, output: Path, say: Callable[[str], None]) -> Path | None:

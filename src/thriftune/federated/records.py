@@ -57,6 +57,7 @@ class FederatedRecord(Record):
     method: str
     sites: dict[str, int] = Field(description="site -> its rank")
     rows: dict[str, int] = Field(default_factory=dict, description="site -> its training rows, in a simulation")
+    sides: int = Field(description="in + out features, summed over the adapted matrices")
     rounds: list[FederatedRound]
     bytes_down: int = Field(description="sum over the rounds")
     bytes_up: int

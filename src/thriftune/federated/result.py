@@ -39,6 +39,7 @@ def record_of(
         method=recipe.method,
         sites=coordinator.sites,
         rows=dict(rows),
+        sides=coordinator.sides,
         rounds=rounds,
         bytes_down=sum(site.bytes_down for entry in rounds for site in entry.sites),
         bytes_up=sum(site.bytes_up for entry in rounds for site in entry.sites),
