@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thriftune.federated.adapter import Places, start_of
-from thriftune.federated.aggregate import Adapter
+from thriftune.federated.aggregate import Adapter, Factors
 from thriftune.federated.coordinator import Coordinator, QuorumError
 from thriftune.federated.message import MessageError, factors_of, open_message, pack
 from thriftune.federated.records import FederatedRecord
@@ -242,6 +242,25 @@ def test_a_poisoned_update_is_refused_by_name_and_does_not_count(model: Path, ro
     assert "site evil has values that are not finite" in next(
         site.refused for site in done.sites if site.site == "evil"
     )
+
+
+def test_with_clipping_nothing_of_the_rows_leaves_but_factors(model: Path, rows: Path, tmp_path: Path) -> None:
+    """A huge update is clipped, not refused: what one site sends does not decide about another's."""
+    settings = {"aggregation": "ffa", "clip_norm": 0.01}
+    federation = Federation(recipe_of(model, rows, tmp_path, federated=settings), {"a": 4, "b": 4, "evil": 4})
+    start = federation.coordinator.current
+    for name in ("a", "b", "evil"):
+        update = federation.site(name).answer(federation.coordinator.offer(name))
+        message = open_message(update)
+        assert (message.header.targets, message.header.loss, message.header.train_s) == (None, None, None)
+        if name == "evil":
+            adapter = factors_of(message, federation.base.places.shapes(), start)
+            update = pack(message.header, {key: Factors(part.b_OR * 1e6, part.a_RI) for key, part in adapter.items()})
+        federation.coordinator.take(name, update)
+    done = federation.coordinator.close(lambda: None)
+    assert done.updates == 3
+    moved = [factors.b_OR - start[name].b_OR for name, factors in federation.coordinator.current.items()]
+    assert 0.0 < sum(float(part.square().sum()) for part in moved) ** 0.5 <= 0.01 * 1.01
 
 
 def test_a_coordinator_that_was_stopped_goes_on_and_ends_the_same(model: Path, rows: Path, tmp_path: Path) -> None:

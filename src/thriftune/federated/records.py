@@ -20,7 +20,7 @@ class SiteRound(Record):
     bytes_of_factors: int = Field(0, description="of bytes_up, without the header")
     targets: int | None = Field(None, description="target tokens of the site's rows, its weight; None with clip_norm")
     loss: float | None = Field(None, description="mean training loss of the round; None with clip_norm")
-    train_s: float | None = None
+    train_s: float | None = Field(None, description="None with clip_norm")
     change: float | None = Field(None, description="norm of what the site changed in the model; None: not taken")
     refused: str = Field("", description="why its update was not taken, in words")
 

@@ -167,13 +167,10 @@ class Site:
         loss, train_s = self._train(header)
         if self._keeps:
             self._keep()
-        own: dict[str, float] = {"train_s": train_s}
-        if rounds.clip_norm is None:  # with it, nothing leaves that is not clipped
-            own |= {"targets": self.targets, "loss": loss}
-        return pack(
-            header.model_copy(update={"kind": "update", "rank": header.train_rank, "half": header.train, **own}),
-            places.read(),
-        )
+        update = {"kind": "update", "rank": header.train_rank, "half": header.train}
+        if rounds.clip_norm is None:  # with it nothing of the rows leaves but the factors, which are clipped
+            update |= {"targets": self.targets, "loss": loss, "train_s": train_s}
+        return pack(header.model_copy(update=update), places.read())
 
     def _train(self, header: Header) -> tuple[float, float]:
         """One round. Returns (mean loss over its target tokens, seconds)."""
