@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from thriftune.data import Example
 from thriftune.errors import InputError, RecipeError
 from thriftune.federated.adapter import Places, find_places
+from thriftune.federated.aggregate import Adapter
 from thriftune.federated.message import Header, expect, factors_of, open_message, pack
 from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS
@@ -164,7 +167,9 @@ class Site:
         places.write(factors_of(message, places.shapes(), places.read()))
         if rounds.aggregation == "fedit":
             without_components_beyond(places, header.train_rank)
+        before = places.read()
         loss, train_s = self._train(header)
+        self._check_frozen(before, header)
         if self._keeps:
             self._keep()
         update = {"kind": "update", "rank": header.train_rank, "half": header.train}
@@ -190,6 +195,19 @@ class Site:
         self._observers.end()
         targets = sum(count for _, count in losses)
         return sum(loss * count for loss, count in losses) / targets, meter.elapsed_s()
+
+    def _check_frozen(self, before: Adapter, header: Header) -> None:
+        """Raise InputError when an optimizer moved what has no gradient: the coordinator takes it to stand still."""
+        rank, half = header.train_rank, header.train
+        for name, now in self._base.places.read().items():
+            first_b, first_a = (0 if half == "a" else rank), (0 if half == "b" else rank)
+            same_b = torch.equal(now.b_OR[:, first_b:], before[name].b_OR[:, first_b:])
+            if not same_b or not torch.equal(now.a_RI[first_a:], before[name].a_RI[first_a:]):
+                raise InputError(
+                    given=f"train.optim={self._job.recipe.train.optim} changed components of {name} that do not train",
+                    allowed="an optimizer that leaves alone what has no gradient",
+                    do="use train.optim=adamw_torch",
+                )
 
     def _teller(self, events: list[str]) -> Callable[[str], None]:
         def say(text: str) -> None:
