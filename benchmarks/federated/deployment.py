@@ -8,6 +8,7 @@ eight rounds of the pocket model:
 
     site c is a rogue: it repeats an old update in round 2, cuts one in round 3, sends NaN in 4 and a huge change in 5
     a site with a key that the coordinator does not know tries to join
+    a program that reaches the port, but has not the coordinator's secret, tries to take its task
     site b is killed (SIGKILL) while it has an offer, in round 6, and started again
     the coordinator is killed after round 7 and started again, with the same command
 
@@ -28,9 +29,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import torch
 
+from thriftune.federated.flower.common import acquire, acquiring_client
+from thriftune.federated.flower.coordinator import COORDINATOR_TASK
 from thriftune.federated.flower.site import SiteLink
 from thriftune.federated.join import Joining
 from thriftune.federated.keys import make_keys, read_site_keys
@@ -48,6 +52,7 @@ WORDS = [
 ]
 OWN = ["max_samples=16", "save_strategy=no"]
 WAIT_S = 240.0
+REFUSED = "does not let site"
 
 
 def main() -> None:
@@ -113,6 +118,7 @@ class Play:
         self.join("a", certificates / "sites" / "a")
         self.join("b", certificates / "sites" / "b")
         self.start("c", [__file__, "--output", str(self.folder), "--results", "-", "--rogue", self.server])
+        self.no_secret(certificates)
         self.unknown_key(certificates)
         self.wait_for("b", f"round 6 of {ROUNDS}: ")
         self.kill("b")
@@ -121,6 +127,8 @@ class Play:
         self.kill("serve")
         wait_until(lambda: not self.answers(), "the port is free")
         self.serve()
+        refused = self.processes["stranger"].wait(WAIT_S) == 2 and REFUSED in self.said("stranger")
+        self.check("a key that the coordinator does not know", "refused", refused)
         codes = {name: self.processes[name].wait(WAIT_S) for name in ("serve", "a", "b", "c")}
         self.check("all end by themselves", "exit codes 0", set(codes.values()) == {0}, str(codes))
 
@@ -138,9 +146,20 @@ class Play:
         stranger = self.folder / "others" / "sites" / "stranger"
         shutil.copy(certificates / "authority.pem", stranger / "authority.pem")
         self.join("stranger", stranger)
-        code = self.processes["stranger"].wait(WAIT_S)
-        said = self.said("stranger")
-        self.check("a key that the coordinator does not know", "refused", code == 2 and "does not let site" in said)
+
+    def no_secret(self, certificates: Path) -> None:
+        """Whoever takes the coordinator's task could send messages to the sites."""
+        wait_until(lambda: "serving " in self.said("serve"), "the coordinator serves")
+        guess = self.folder / "guess"
+        guess.write_bytes(b"a guess")
+        client = acquiring_client(self.server, (certificates / "authority.pem").read_bytes(), guess)
+        try:
+            acquire(client, COORDINATOR_TASK, None)
+            refused = "not refused"
+        except httpx.HTTPStatusError as error:
+            refused = f"HTTP {error.response.status_code}"
+        client.close()
+        self.check("taking the coordinator's task without its secret", "refused", refused == "HTTP 401", refused)
 
     def start(self, name: str, words: list[str]) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:
@@ -206,8 +225,9 @@ def act_as_rogue(folder: Path, server: str) -> None:
             update = site.answer(task.data)
             first = first or update
             number = message.header.round + 1
-            if number == 7:  # slow enough for site b to come back within the round
+            if number == 7:  # slow enough for site b to come back within the round, and for the stranger to give up
                 wait_until(lambda: f"round 7 of {ROUNDS}: " in text_of(folder / "b.out"), "site b in round 7")
+                wait_until(lambda: REFUSED in text_of(folder / "stranger.out"), "the stranger")
             if number == 2:
                 update = first
             elif number == 3:
