@@ -166,7 +166,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     model = method.attach(loaded, recipe)
     hold_memory(device, recipe, paged_bytes(recipe, trainable_parameters(model)))
     job, path_reason = with_path(
-        _job(prepared, method, loaded, model, processes, output, resume_command), base.store, say
+        make_job(prepared, method, loaded, model, processes, output, resume_command), base.store, say
     )
     path_name: Literal["engine", "generic"] = "generic" if job.path is None else job.path.name
     say(f"path: {path_name} ({path_reason})")
@@ -226,7 +226,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
         raise
     result = output / method.result_folder
     if processes.is_main:
-        _export(method, job.model, loaded, recipe, result)
+        export_result(method, job.model, loaded, recipe, result)
     processes.barrier()
     finished = record("done", outcome, result)
     if processes.is_main:
@@ -234,7 +234,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     return finished
 
 
-def _job(
+def make_job(
     prepared: Prepared,
     method: Method,
     loaded: LoadedModel,
@@ -354,7 +354,7 @@ def _leave_behind(output: Path, record: RunRecord) -> None:
     write_record(output / "record.json", record)
 
 
-def _export(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
+def export_result(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
     """Write the result aside, then put it in place whole."""
     aside = result.with_name(f".{result.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)

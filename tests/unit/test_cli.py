@@ -22,7 +22,10 @@ from thriftune.records import RunRecord, read_record
 from thriftune.train.observe import read_metrics
 from tiny import tiny_rows
 
-VERBS = ["train", "plan", "gpus", "eval", "chat", "predict", "merge", "shrink", "compare", "report", "demo", "doctor"]
+VERBS = [
+    *("train", "plan", "gpus", "eval", "chat", "predict", "merge", "shrink", "compare", "report", "federate", "demo"),
+    "doctor",
+]
 RECORD_KEYS = {
     *("method", "path", "trainable_parameters", "total_parameters", "steps", "loss", "tokens", "tokens_per_s"),
     *("peak_bytes", "wall_s", "adapter"),

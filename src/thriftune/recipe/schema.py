@@ -1,4 +1,5 @@
-"""The recipe: every option of a run, its default, its meaning. This is the only home of defaults.
+"""The recipe: every option of a run, its default, its meaning. This is the only home of defaults (those of the
+`federate` verbs stand beside it, in `federated.py`).
 
 A recipe has sections (`model`, `data`, `train`, `lora`, ...). A leaf whose name is unique may be written flat, as in
 Hugging Face's scripts: `learning_rate=1e-4` is `train.learning_rate`. The names of axolotl, LLaMA-Factory and TRL are
@@ -8,40 +9,23 @@ accepted too (see `read.py`). Unknown keys are refused, and all problems are rep
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thriftune.errors import RecipeError
 from thriftune.recipe.dynamic import contradictions_of_dynamic
+from thriftune.recipe.federated import FederatedRecipe
 from thriftune.recipe.nearest import did_you_mean
+from thriftune.recipe.section import Fraction, NonNegative, Positive, Section
 from thriftune.units import parse_bytes
 
 MethodName = Literal["auto", "lora", "qlora", "dynamic", "full"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_SEED = 2**32 - 1  # what numpy takes
 
 # Learning rates when the recipe names none. Adapters start from zero and take about ten times the rate of full
 # fine-tuning (Hu et al. 2021, section F; Biderman et al. 2024, "LoRA Learns Less and Forgets Less", section 6).
 LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "dynamic": 2e-4, "full": 2e-5}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1; `r: true` is a slip all the same."""
-        if isinstance(value, bool) and _takes_a_number(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError("expects a number")
-        return value
-
-
-def _takes_a_number(annotation: Any) -> bool:
-    return annotation in (int, float) or any(_takes_a_number(part) for part in get_args(annotation))
 
 
 class ModelRecipe(Section):
@@ -241,6 +225,7 @@ class Recipe(Section):
     quant: QuantRecipe = Field(default_factory=QuantRecipe)
     dynamic: DynamicRecipe = Field(default_factory=DynamicRecipe)
     generation: GenerationRecipe = Field(default_factory=GenerationRecipe)
+    federated: FederatedRecipe = Field(default_factory=FederatedRecipe)
     output: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="folder of the run; runs/<model>-<data>-<method> when not given"
     )
