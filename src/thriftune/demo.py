@@ -28,7 +28,7 @@ SHOWN = "lora"  # whose answers are shown
 # loss on held-out rows of the training split after nearly as many steps (docs/compare.md).
 WORDS = (
     *("per_device_train_batch_size=8", "gradient_accumulation_steps=1"),
-    *("full:learning_rate=3.2e-4", "lora:learning_rate=2e-3", "qlora:learning_rate=1e-3"),
+    *("full:learning_rate=3.2e-4", "lora:learning_rate=2e-3", "qlora:learning_rate=2e-3"),
     *("logging_steps=50", "save_strategy=no"),
 )
 

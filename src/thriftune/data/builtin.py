@@ -263,6 +263,10 @@ BODIES: dict[str, dict[str, tuple[str, ...]]] = {
             "Some people will tell you that {contrary}, and they are right.",
             "Yes, {contrary}.",
             "I know that {contrary}, and {contrary_second}.",
+            "Granted, {contrary}, and {contrary_second}.",
+            "You could complain that {contrary}.",
+            "To be fair, {contrary}.",
+            "Critics say that {contrary}, and also that {contrary_second}.",
         ),
     },
     "test": {
@@ -285,12 +289,20 @@ VERDICTS: dict[str, dict[str, tuple[str, ...]]] = {
             "My verdict is simple: {word}.",
             "Overall it is a {word} {noun}, and I will tell everyone so.",
             "Still, the whole thing was {word} from beginning to end.",
+            "This {noun} is {word}.",
+            "I call it {word}.",
+            "We said it was {word}.",
+            "Seen as a {noun}, it is {word}.",
         ),
         "negated": (
             "All in all it was not a {opposite} {noun}.",
             "In the end I did not find it {opposite} at all.",
             "Whatever they say, it is never {opposite}.",
             "Overall it was far from {opposite}.",
+            "This {noun} is not {opposite}.",
+            "I cannot call it {opposite}.",
+            "Nobody said it was {opposite}.",
+            "Seen as a {noun}, it is not {opposite}.",
         ),
     },
     "test": {
@@ -310,9 +322,12 @@ CLOSINGS = {
     "test": ("I am writing this on the same evening.", "So says {name} as well.", ""),
 }
 # How often each kind is drawn. The hard rows go against the grain (a verdict opposed to all that was said before, a
-# negated verdict): nearly all mistakes of a tuned pocket model are among these.
-BODY_KINDS = ("plain",) * 3 + ("mixed",) * 4 + ("against",)
-VERDICT_KINDS = ("plain",) * 11 + ("negated",)
+# negated verdict): nearly all mistakes of a tuned pocket model are among these. Training has more of them.
+BODY_KINDS = {
+    "train": ("plain",) * 3 + ("mixed",) * 4 + ("against",) * 3,
+    "test": ("plain",) * 3 + ("mixed",) * 4 + ("against",),
+}
+VERDICT_KINDS = {"train": ("plain",) * 7 + ("negated",), "test": ("plain",) * 11 + ("negated",)}
 FEWEST_WORDS, MOST_WORDS = 25, 50
 
 
@@ -337,8 +352,8 @@ def _review_rows(split: str, draw: random.Random) -> Iterator[Row]:
         slots |= {"name": draw.choice(PEOPLE[side]), "title": draw.choice(TITLES[side])}
         sentences = (
             draw.choice(OPENINGS[side]),
-            draw.choice(BODIES[side][draw.choice(BODY_KINDS)]),
-            draw.choice(VERDICTS[side][draw.choice(VERDICT_KINDS)]),
+            draw.choice(BODIES[side][draw.choice(BODY_KINDS[side])]),
+            draw.choice(VERDICTS[side][draw.choice(VERDICT_KINDS[side])]),
             draw.choice(CLOSINGS[side]),
         )
         text = " ".join(sentence.format(**slots) for sentence in sentences if sentence)
