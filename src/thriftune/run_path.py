@@ -26,6 +26,7 @@ from thriftune.recipe import Recipe
 from thriftune.records import OffloadRecord, StepMetrics
 from thriftune.train import TrainJob
 from thriftune.train.observe import read_metrics
+from thriftune.train.recover import fits_or_ends
 from thriftune.units import format_bytes
 
 OUTSIDE_BYTES = 600 * 1024**2  # the driver's context and libraries, as the planner counts them for the newest GPUs
@@ -128,7 +129,8 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
         largest = max(layout.bytes for layout in store.layouts)
         varied = len(set(job.lengths)) > 1
         demand = Demand(step_tokens, max(lengths), varied, later, largest, recipe.resident_layers)
-        path = streaming_path(job.model, store, device, demand, fp8, say)
+        with fits_or_ends("the layers that are to stay on the GPU"):
+            path = streaming_path(job.model, store, device, demand, fp8, say)
         how += f"; {path.offload.words}"
     return (
         replace(job, path=path),
