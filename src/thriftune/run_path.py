@@ -15,9 +15,10 @@ from thriftune.engine.choose import engine_path, refuse_fp8, streaming_path, why
 from thriftune.engine.offload import Demand
 from thriftune.engine.sizes import later_bytes
 from thriftune.engine.streamed_path import StreamedPath
-from thriftune.engine.takes import why_not_adapter, why_not_method
+from thriftune.engine.takes import why_not_adapter, why_not_method, why_not_model
 from thriftune.errors import InputError, ModelError
 from thriftune.methods import trainable_parameters
+from thriftune.model_files import read_config
 from thriftune.models import LoadedModel, load_model
 from thriftune.models.load import ModelDescription
 from thriftune.models.shell import load_shell
@@ -66,7 +67,12 @@ def load_base(
             allowed="one process; several would each stream the whole model over the same memory",
             do="run it on one GPU, or with offload=off on GPUs that hold the model",
         )
-    reason = why_not_method(recipe, recipe.method) or why_not_adapter(recipe.lora, biases=False)
+    config = read_config(description.folder)
+    reason = (
+        why_not_method(recipe, recipe.method)
+        or why_not_model(config["model_type"], config.get("hidden_act", "silu"), "default")
+        or why_not_adapter(recipe.lora, biases=False)
+    )
     if reason is not None:  # what only the loaded model can tell is asked by `with_path`
         raise _not_taken(reason)
     store = Store.of(description.folder, description.num_layers, recipe.quant, dtype, device)
