@@ -189,6 +189,12 @@ def padded(rank: int, multiple: int) -> int:
     return -(-rank // multiple) * multiple
 
 
+def gradient_rows(ranks: int) -> int:
+    """Rows of the one product that has the gradients of a stack's A factors; `ranks` is the sum of theirs. Not the
+    padded rank: of adapters whose rank was cut more than half of that may be padding."""
+    return padded(ranks, 8)
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How steps run: what layers keep, tokens at once, and how many of the layers, where they are in 4 bits, stay
