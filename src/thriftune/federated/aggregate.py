@@ -112,8 +112,8 @@ def stacked_mean(current: Factors, parts: Sequence[Factors], weights: Sequence[f
 
 
 def truncated(stack: Factors, rank: int, near_RI: Tensor, ends: Sequence[int]) -> tuple[Factors, float, float]:
-    """(the best approximation of rank `rank`, its squared norm, the stack's). Components fall in energy from one block
-    to the next; blocks end at `ends`, the ranks that sites have.
+    """(the best approximation of rank `rank`, less its NEGLIGIBLE part; its squared norm; the stack's). Components fall
+    in energy from one block to the next; blocks end at `ends`, the ranks that sites have.
 
     All rows of the new A have the norm that the rows of `near_RI` have on the average, so that each component is as
     easy to train as at the start, and within a block they are turned towards `near_RI`: the sites' optimizers go on in
