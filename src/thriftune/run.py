@@ -166,7 +166,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     model = method.attach(loaded, recipe)
     hold_memory(device, recipe, paged_bytes(recipe, trainable_parameters(model)))
     job, path_reason = with_path(
-        _job(prepared, method, loaded, model, processes, output, resume_command), base.store, say
+        make_job(prepared, method, loaded, model, processes, output, resume_command), base.store, say
     )
     path_name: Literal["engine", "generic"] = "generic" if job.path is None else job.path.name
     say(f"path: {path_name} ({path_reason})")
@@ -197,6 +197,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             load_s=loaded.load_s,
             adapter=str(adapter) if adapter else None,
             events=watching.events,
+            cuts=outcome.cuts if outcome else [],
             data=prepared.data.audit,
             plan=prepared.planned.chosen,
             reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
@@ -225,7 +226,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
         raise
     result = output / method.result_folder
     if processes.is_main:
-        _export(method, job.model, loaded, recipe, result)
+        export_result(method, job.model, loaded, recipe, result)
     processes.barrier()
     finished = record("done", outcome, result)
     if processes.is_main:
@@ -233,7 +234,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     return finished
 
 
-def _job(
+def make_job(
     prepared: Prepared,
     method: Method,
     loaded: LoadedModel,
@@ -264,22 +265,11 @@ def _job(
 def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common."""
     recipe = prepared.recipe
-    train = recipe.train.model_dump(
-        include={
-            "learning_rate",
-            "num_train_epochs",
-            "max_steps",
-            "optim",
-            "weight_decay",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_epsilon",
-            "max_grad_norm",
-            "lr_scheduler_type",
-            "warmup_steps",
-            "warmup_ratio",
-        }
-    )
+    settings = {
+        *("learning_rate", "num_train_epochs", "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
+        *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
+    }
+    train = recipe.train.model_dump(include=settings)
     examples = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world
     return {
         "model": recipe.model.name,
@@ -293,6 +283,7 @@ def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
         "examples_per_step": examples,
         "lora": recipe.lora.model_dump(mode="json") if recipe.method != "full" else None,
         "quant": recipe.quant.model_dump() if recipe.method == "qlora" else None,
+        "dynamic": recipe.dynamic.model_dump() if recipe.method == "dynamic" else None,
         **train,
     }
 
@@ -363,7 +354,7 @@ def _leave_behind(output: Path, record: RunRecord) -> None:
     write_record(output / "record.json", record)
 
 
-def _export(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
+def export_result(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
     """Write the result aside, then put it in place whole."""
     aside = result.with_name(f".{result.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)

@@ -215,6 +215,22 @@ def test_what_does_not_go_through_the_engine_says_why(words, method, key, reason
     assert plan_method(case_of(), "qlora", here, market()).path == "generic"
 
 
+def test_a_falling_rank_is_planned_at_its_start_with_the_schedule_told():
+    """Its peak is that of LoRA with the whole rank; asked about alone it is what is taken, with its own command."""
+    case = case_of("method=dynamic", "dynamic.r_start=64", "dynamic.keep=0.25")
+    plan = plan_of(case, on("h200"), methods=("dynamic",))
+    (dynamic,) = plan.gpus[0].methods
+    lora = plan_method(case_of("lora_r=64"), "lora", on("h200"), market(price()))
+    assert dynamic.peak_bytes == lora.peak_bytes and dynamic.path == "engine"
+    assert dynamic.trainable_parameters == lora.trainable_parameters
+    told = next(note for note in dynamic.notes if note.startswith("starts at rank 64"))
+    assert told.count("after step") == 4 and f"25 % after step {round(plan.steps / 2):,}" in told
+    taken = plan.gpus[0].recommended
+    assert taken.method == "dynamic" and "--method dynamic" in (taken.command or "")
+    assert "dynamic.keep=0.25" in (taken.command or "")
+    assert "dynamic" not in [found.method for found in plan_of(case_of(), on("h200")).gpus[0].methods]
+
+
 def test_memory_is_compared_by_what_methods_need_not_by_what_they_take():
     """With memory free qlora holds its layers unpacked and takes more than lora; it could do with far less."""
     lora, qlora = (plan_method(case_of(), method, on("h200"), market()) for method in ("lora", "qlora"))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from thriftune.errors import InputError, RecipeError
 from thriftune.recipe import (
     DataRecipe,
+    DynamicRecipe,
+    FederatedRecipe,
     GenerationRecipe,
     LoraRecipe,
     ModelRecipe,
@@ -92,10 +94,28 @@ OTHER_VALUES: dict[str, Any] = {
     "lora.options": {"layers_to_transform": [0, 1]},
     "quant.bnb_4bit_quant_type": "fp4",
     "quant.bnb_4bit_use_double_quant": False,
+    "dynamic.r_start": 32,
+    "dynamic.keep": 0.25,
+    "dynamic.first_cut": 0.2,
+    "dynamic.last_cut": 0.6,
+    "dynamic.n_cuts": 2,
+    "dynamic.round_to": 4,
+    "dynamic.min_rank": 8,
+    "dynamic.score": "random",
     "generation.max_new_tokens": 7,
     "generation.temperature": 0.7,
     "generation.top_p": 0.9,
     "generation.batch_size": 7,
+    "federated.rounds": 7,
+    "federated.local_steps": 7,
+    "federated.aggregation": "rolora",
+    "federated.quorum": 0.7,
+    "federated.round_timeout_s": 7.5,
+    "federated.send_dtype": "float32",
+    "federated.largest_change": 7.5,
+    "federated.clip_norm": 0.7,
+    "federated.noise_multiplier": 0.7,
+    "federated.delta": 1e-3,
     "output": "runs/mine",
     "seed": 7,
     "report_to": ["tensorboard"],
@@ -142,7 +162,10 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_every_option_is_covered_here_and_explained() -> None:
     assert set(OTHER_VALUES) == set(known_places())
     assert len(OTHER_VALUES) > 60
-    kinds = [Recipe, ModelRecipe, DataRecipe, TrainRecipe, LoraRecipe, QuantRecipe, GenerationRecipe]
+    kinds = [
+        *(Recipe, ModelRecipe, DataRecipe, TrainRecipe, LoraRecipe, QuantRecipe, DynamicRecipe, GenerationRecipe),
+        FederatedRecipe,
+    ]
     assert len(SECTIONS) == len(kinds) - 1
     silent = [
         f"{kind.__name__}.{name}"

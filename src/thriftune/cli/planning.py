@@ -24,7 +24,7 @@ def plan(
         typer.Option(help="A GPU's name, 2xNAME for two, local, or cpu; may be repeated. Default: local."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="How many of each GPU.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="full, lora, qlora; repeated or with commas.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="full, lora, qlora, dynamic; with commas.")] = None,
     prefer: Annotated[str, typer.Option(help="balanced, speed, memory, quality, or cost.")] = "balanced",
     article: Annotated[bool, typer.Option("--article", help="The methods side by side.")] = False,
     measure: Annotated[

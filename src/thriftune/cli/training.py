@@ -19,7 +19,7 @@ from thriftune.cli.app import Json, Words, app, recipe_of_words
 def train(
     words: Words = None,
     data: Annotated[str | None, typer.Option(help="sums, reviews, imdb, gsm8k, a file, a folder, or a hub id.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora, qlora, full, or auto.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, qlora, dynamic, full, or auto.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="GPU memory that the run may take, such as 24GiB.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Program:
     layers: Sequence[Layer]
     angles: Angles
     head: Head
+    base: Any  # the model that it was read from
+    rank_multiple: int
     _copies: dict[int, tuple[Copies, Sides]] = field(default_factory=dict)  # by how many stacks have their own memory
 
     @property
@@ -61,12 +64,16 @@ class Program:
         for copying in self._copies[len(own)]:
             copying()
 
+    def forget_copies(self) -> None:
+        """To be called when stacks have other factors or buffers than before."""
+        self._copies.clear()
+
     def let_go(self) -> bool:
         """Give up the unpacked copies of 4-bit layers; whether there were any."""
         held = [stack for layer in self.layers for stack in layer.stacks if stack.packed and not stack.shared]
         for stack in held:
             stack.let_go()
-        self._copies.clear()
+        self.forget_copies()
         return bool(held)
 
     def add_gradients(self, batch: PackedBatch, scale: float, keep: Sequence[Keep], attention: Attention) -> Tensor:

@@ -92,7 +92,42 @@ def read_program(model: nn.Module, longest: int, rank_multiple: int, fp8: bool) 
             weight_VD.detach(),
             max(working_bytes(layer.sizes, Keep.ALL, weight_VD.element_size(), fp8) for layer in layers),
         ),
+        base=base,
+        rank_multiple=rank_multiple,
     )
+
+
+def follow_adapters(program: Program) -> None:
+    """Take over the adapters as the model has them now: with other factors, of other ranks, or gone. Buffers change
+    their size one after the other, so that never two models lie in memory. Not with products in 8-bit floats."""
+    assert not program.fp8, "recipes with ranks that change refuse precision=fp8"
+    found: list[tuple[Stack, list[Part]]] = []
+    for layer, module in zip(program.layers, program.base.model.layers, strict=True):
+        parents = (module.self_attn, module.self_attn, module.mlp, module.mlp)
+        for stack, parent, names in zip(layer.stacks, parents, (QKV, OUT, GATE_UP, DOWN), strict=True):
+            found.append((stack, _parts(parent, names)))
+    ranks = {id(stack): padded_rank(parts, program.rank_multiple) for stack, parts in found}
+    for members in _that_share([stack for stack, _ in found]):
+        largest = max(ranks[id(stack)] for stack in members)
+        ranks.update({id(stack): largest for stack in members})
+    with torch.no_grad():
+        shared = SharedBuffers(program.rank_multiple, program.embedding_VD, fp8=False)
+        for stack, parts in found:
+            rank, common = ranks[id(stack)], None
+            if stack.packed:
+                common = stack.home if rank == stack.rank else shared.of(stack.size_out, stack.size_in, rank)
+            stack.take_up(parts, rank, common)
+    _find_traces([stack for stack, _ in found if stack.packed])
+    program.forget_copies()
+
+
+def _that_share(stacks: Sequence[Stack]) -> list[list[Stack]]:
+    """The stacks of 4-bit weights, by the buffer that they share."""
+    groups: dict[int, list[Stack]] = {}
+    for stack in stacks:
+        if stack.packed:
+            groups.setdefault(stack.home.data_ptr(), []).append(stack)
+    return list(groups.values())
 
 
 def _layer(module: Any, config: Any, shared: SharedBuffers) -> Layer:
@@ -187,9 +222,9 @@ def _find_traces(stacks: Sequence[Stack]) -> None:
     layouts: dict[int, set[tuple[Any, ...]]] = {}
     for stack in stacks:
         layout = tuple((part.rows.start, part.ranks.start, part.ranks.stop) for part in stack.parts)
-        layouts.setdefault(stack.memory.data_ptr(), set()).add(layout)
+        layouts.setdefault(stack.home.data_ptr(), set()).add(layout)
     for stack in stacks:
-        stack.leaves_traces = len(layouts[stack.memory.data_ptr()]) > 1
+        stack.leaves_traces = len(layouts[stack.home.data_ptr()]) > 1
 
 
 def _parts(parent: Any, names: Sequence[str]) -> list[Part]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from thriftune.engine.fp8 import Fp8, Fp8Values
 from thriftune.engine.part import Part
-from thriftune.engine.sizes import StackSizes, padded
+from thriftune.engine.sizes import StackSizes, gradient_rows, padded
 from thriftune.kernels.copies import Copies, Copy
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 from thriftune.kernels.fp8 import Sides
@@ -94,6 +94,11 @@ class Stack:
         return self.buffer_YX
 
     @property
+    def home(self) -> Tensor:
+        """What `memory` is when nothing is held."""
+        return self._common if isinstance(self._common, Tensor) else self.memory
+
+    @property
     def held(self) -> bool:
         """Whether unpacked 4-bit weights stay in memory of this stack's own."""
         return self._common is not None
@@ -137,6 +142,26 @@ class Stack:
             return
         for part, weight in zip(self.parts, self.packed, strict=True):
             unpack_four_bit(weight, self.weight_OX[part.rows, : self.size_in])
+
+    def take_up(self, parts: list[Part], rank: int, common_YX: Tensor | None) -> None:
+        """Have these adapters, of this padded rank, instead; not with products in 8-bit floats. `common_YX` is the
+        buffer that a stack of 4-bit weights shares from here on; one of its own is made anew where the size changes,
+        and 16-bit linears become its views."""
+        assert self.buffer_YX is not None
+        if rank != self.rank and not self.shared:
+            before_OI = self.buffer_YX[: self.size_out, : self.size_in]
+            self.buffer_YX = before_OI.new_zeros(self.size_out + rank, self.size_in + rank)
+            self.buffer_YX[: self.size_out, : self.size_in].copy_(before_OI)
+            for part in parts if common_YX is None else []:
+                part.linear.weight = nn.Parameter(self.buffer_YX[part.rows, : self.size_in], requires_grad=False)
+        if common_YX is not None and self.shared:
+            self.buffer_YX = common_YX
+        elif common_YX is not None:
+            self._common = common_YX
+        self.parts, self.rank, self._to_shared = parts, rank, None
+        for buffer_YX in (self.buffer_YX, self.home):  # no copy of what was there may stay
+            buffer_YX[self.size_out :, : self.size_in].zero_()
+            buffer_YX[: self.size_out, self.size_in :].zero_()
 
     def copies(self) -> list[Copy]:
         """The adapters' present values into their 16-bit places, rounded to the base's type."""
@@ -201,7 +226,8 @@ class Stack:
         if not self.rank:
             return
         assert x_TI is not None and side_TR is not None
-        da_RI = product_in_full(dy.side_TR.T, x_TI)
+        rows = gradient_rows(max(part.ranks.stop for part in self.parts))
+        da_RI = product_in_full(dy.side_TR[:, :rows].T, x_TI)
         for part in self.parts:
             if part.a is None or part.b is None:
                 continue

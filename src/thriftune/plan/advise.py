@@ -27,6 +27,9 @@ def recommend(planned: Sequence[PlannedMethod], prefer: Prefer) -> tuple[Planned
     chosen, why = _adapter(lora, qlora, prefer)
     if chosen is not None:
         return chosen, [*reasons, *why]
+    dynamic = by_name.get("dynamic")
+    if dynamic is not None and dynamic.fits and lora is None and qlora is None:
+        return dynamic, ["dynamic was asked for, and it fits"]
     if full is not None and full.fits and lora is None and qlora is None:
         return full, ["full fine-tuning was asked for, and it fits"]
     return None, ["no planned method fits", *why]

@@ -31,10 +31,12 @@ from thriftune.plan.search import (
 )
 from thriftune.plan.time import efficiency_of
 from thriftune.plan.values import Work
+from thriftune.recipe import cut_schedule
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
 from thriftune.units import format_bytes
 
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora")  # that are planned when none is named
+KNOWN_METHODS = (*METHODS, "dynamic")
 NO_TIME = "not estimated"  # limited_by where there is no GPU
 NO_CPU_TIME = "time is not estimated for CPUs; `thriftune plan --measure` times a few layers on this one"
 
@@ -131,7 +133,7 @@ def plan_method(
     case: Case, method: str, device: Device, market: Market, stopwatch: Stopwatch | None = None
 ) -> PlannedMethod:
     """One method with the best settings that the recipe leaves open; the smallest ones when nothing fits."""
-    adapter = adapter_of(case.shape, case.recipe.lora, method)
+    adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     reason = case.engine_reason(method, device, adapter)
     chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
     fits = chosen.memory.peak_bytes <= device.usable_bytes
@@ -140,6 +142,8 @@ def plan_method(
     notes = (
         _settings_notes(case, method, chosen, reason) if fits else _what_would_fit(case, method, device, chosen, market)
     )
+    if method == "dynamic":
+        notes = [*notes, _cuts_note(case, work.steps)]
     if stopwatch is not None and fits and chosen.streamed is not None:
         notes = [*notes, "was not measured: a few layers do not tell how transfers of all of them hide"]
     elif stopwatch is not None and fits:
@@ -192,6 +196,13 @@ def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str |
     if method != "full":
         notes.append(f"does not go through the engine: {no_engine}")
     return notes
+
+
+def _cuts_note(case: Case, steps: int) -> str:
+    """The peak is that of the start; what cuts free is for nothing that comes before them."""
+    schedule = cut_schedule(case.recipe.dynamic, steps)
+    told = ", ".join(f"{100 * share:.0f} % after step {step:,}" for step, share in schedule.items())
+    return f"starts at rank {case.recipe.dynamic.r_start}, which the peak is for; of the adapter stays {told}"
 
 
 def _engine_notes(choice: Choice, work: Work) -> list[str]:

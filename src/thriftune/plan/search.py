@@ -154,7 +154,7 @@ def allowed_settings(case: Case) -> Iterator[tuple[int, bool]]:
 def candidates(case: Case, method: str, device: Device, adapter: Adapter | None = None) -> list[Candidate]:
     """Every way the recipe leaves open, in the order of `allowed_settings`; through the engine, which chooses for
     itself, the way that it will choose. Raises InputError for wrong targets."""
-    adapter = adapter or adapter_of(case.shape, case.recipe.lora, method)
+    adapter = adapter or adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     optimizers = optimizers_of(case.recipe, method, device.gpu is not None)
     if case.engine_reason(method, device, adapter) is None:
         return _engine_candidates(case, method, device, adapter, optimizers)
@@ -240,7 +240,7 @@ def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
 
 def least_bytes(case: Case, method: str, device: Device, like: Candidate) -> int:
     """Bytes at the peak with the smallest settings: those of `like`, or the engine's least."""
-    adapter = adapter_of(case.shape, case.recipe.lora, method)
+    adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     if case.engine_reason(method, device, adapter) is None:
         return min(way.least_bytes or 0 for way in candidates(case, method, device, adapter))
     setup = setup_of(case.recipe, method, like.checkpointing, device.gpu is not None)

@@ -13,7 +13,7 @@ from thriftune.records import GpuPlan, Plan, PlannedMethod
 from thriftune.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
 
 WIDTH = 100
-ARTICLE_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+ARTICLE_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "dynamic": "dynamic rank"}
 
 
 def plan_text(plan: Plan, article: bool = False) -> str:

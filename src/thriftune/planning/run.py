@@ -10,7 +10,7 @@ from pathlib import Path
 from thriftune.errors import DoesNotFitError, InputError
 from thriftune.model_files import read_config
 from thriftune.plan.memory import OPTIMIZERS
-from thriftune.plan.plan import METHODS, Question, make_plan, plan_method
+from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device
 from thriftune.plan.show import three_lines
 from thriftune.plan.work import Rows
@@ -45,7 +45,7 @@ class RunPlan:
         """What all processes of a run must have decided alike, as numbers."""
         optimizer = ("auto", *OPTIMIZERS).index(self.optimizer)
         return (
-            float(METHODS.index(self.method)),
+            float(KNOWN_METHODS.index(self.method)),
             float(self.rows_at_once),
             float(self.checkpointing),
             float(optimizer),
@@ -121,7 +121,7 @@ def _without_plan(recipe: Recipe, note: str) -> RunPlan:
 
 
 def _method_name(text: str) -> MethodName:
-    names: dict[str, MethodName] = {"full": "full", "lora": "lora", "qlora": "qlora"}
+    names: dict[str, MethodName] = {"full": "full", "lora": "lora", "qlora": "qlora", "dynamic": "dynamic"}
     return names[text]
 
 

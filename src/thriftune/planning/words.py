@@ -7,7 +7,7 @@ from typing import Any
 
 from thriftune.errors import InputError
 from thriftune.plan.advise import PREFERENCES, Prefer
-from thriftune.plan.plan import METHODS, Question, make_plan
+from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan
 from thriftune.plan.search import Case
 from thriftune.plan.work import Rows, assumed_rows
 from thriftune.planning.devices import capped, find_devices, read_market
@@ -73,10 +73,12 @@ def _methods(asked: Sequence[str], of_recipe: str) -> tuple[str, ...]:
     """Those asked for, else the recipe's, else all."""
     if not asked or list(asked) == ["auto"]:
         return METHODS if of_recipe == "auto" else (of_recipe,)
-    wrong = [word for word in asked if word not in METHODS]
+    wrong = [word for word in asked if word not in KNOWN_METHODS]
     if wrong:
         raise InputError(
-            given=f"method {', '.join(wrong)}", allowed=", ".join(METHODS), do="name some of these, or none for all"
+            given=f"method {', '.join(wrong)}",
+            allowed=", ".join(KNOWN_METHODS),
+            do=f"name some of these, or none for {', '.join(METHODS)}",
         )
     return tuple(dict.fromkeys(asked))
 

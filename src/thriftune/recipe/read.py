@@ -73,7 +73,7 @@ FOUR_BIT_SWITCHES = {"load_in_4bit": True, "quantization_bit": 4}
 # Unique leaves that a person could mean otherwise: these are not guessed.
 AMBIGUOUS = {"batch_size": "train.per_device_train_batch_size or generation.batch_size"}
 
-SECTIONS = ("model", "data", "train", "lora", "quant", "generation")
+SECTIONS = ("model", "data", "train", "lora", "quant", "dynamic", "generation", "federated")
 OPEN_OPTIONS = ("data.columns", "lora.options")  # options that are mappings themselves
 
 

@@ -1,4 +1,5 @@
-"""The recipe: every option of a run, its default, its meaning. This is the only home of defaults.
+"""The recipe: every option of a run, its default, its meaning. This is the only home of defaults (those of the
+`federate` verbs stand beside it, in `federated.py`).
 
 A recipe has sections (`model`, `data`, `train`, `lora`, ...). A leaf whose name is unique may be written flat, as in
 Hugging Face's scripts: `learning_rate=1e-4` is `train.learning_rate`. The names of axolotl, LLaMA-Factory and TRL are
@@ -8,39 +9,23 @@ accepted too (see `read.py`). Unknown keys are refused, and all problems are rep
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thriftune.errors import RecipeError
+from thriftune.recipe.dynamic import contradictions_of_dynamic
+from thriftune.recipe.federated import FederatedRecipe
 from thriftune.recipe.nearest import did_you_mean
+from thriftune.recipe.section import Fraction, NonNegative, Positive, Section
 from thriftune.units import parse_bytes
 
-MethodName = Literal["auto", "lora", "qlora", "full"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+MethodName = Literal["auto", "lora", "qlora", "dynamic", "full"]
 MAX_SEED = 2**32 - 1  # what numpy takes
 
 # Learning rates when the recipe names none. Adapters start from zero and take about ten times the rate of full
 # fine-tuning (Hu et al. 2021, section F; Biderman et al. 2024, "LoRA Learns Less and Forgets Less", section 6).
-LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1; `r: true` is a slip all the same."""
-        if isinstance(value, bool) and _takes_a_number(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError("expects a number")
-        return value
-
-
-def _takes_a_number(annotation: Any) -> bool:
-    return annotation in (int, float) or any(_takes_a_number(part) for part in get_args(annotation))
+LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "dynamic": 2e-4, "full": 2e-5}
 
 
 class ModelRecipe(Section):
@@ -83,7 +68,7 @@ class DataRecipe(Section):
 
 class TrainRecipe(Section):
     learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = Field(
-        None, description="peak learning rate; by method when not given (2e-4 lora and qlora, 2e-5 full)"
+        None, description="peak learning rate; by method when not given (2e-5 full, 2e-4 the others)"
     )
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="passes over the data"
@@ -192,6 +177,21 @@ class LoraRecipe(Section):
         return value
 
 
+class DynamicRecipe(Section):
+    """Of method dynamic, whose adapter starts with `r_start` in the place of lora.r."""
+
+    r_start: Positive = Field(64, description="rank at the start; the update is lora.alpha / r_start * B A to the end")
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the adapter's parameters at the end")
+    first_cut: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the steps before the first cut")
+    last_cut: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the steps before the last cut")
+    n_cuts: Positive = Field(4, description="cuts, evenly spaced; the first ones take most")
+    round_to: Positive = Field(8, description="a module's rank falls by whole blocks of so many directions")
+    min_rank: NonNegative = Field(0, description="rank that every module keeps; at 0 a module may lose its adapter")
+    score: Literal["energy", "random"] = Field(
+        "energy", description="which directions stay: those with the most energy a parameter, or (a control) any"
+    )
+
+
 def _comma_list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -223,7 +223,9 @@ class Recipe(Section):
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     quant: QuantRecipe = Field(default_factory=QuantRecipe)
+    dynamic: DynamicRecipe = Field(default_factory=DynamicRecipe)
     generation: GenerationRecipe = Field(default_factory=GenerationRecipe)
+    federated: FederatedRecipe = Field(default_factory=FederatedRecipe)
     output: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="folder of the run; runs/<model>-<data>-<method> when not given"
     )
@@ -316,6 +318,8 @@ class Recipe(Section):
                 )
             if train.save_strategy == "no":
                 problems.append("train.load_best_model_at_end needs train.save_strategy steps or epoch, got no")
+        if self.method == "dynamic":
+            problems += contradictions_of_dynamic(self)
         if self.method == "full" and self.lora != LoraRecipe():
             problems.append("lora.* options have no effect with method full; drop them or use method lora or qlora")
         if isinstance(self.offload, dict):
@@ -326,6 +330,10 @@ class Recipe(Section):
             if self.engine == "off":
                 problems.append("offload.resident_layers needs the engine, and engine is off; drop one of them")
         return problems
+
+    def adapter_at_start(self, method: str) -> LoraRecipe:
+        """The adapter that a run with `method` starts with."""
+        return self.lora.model_copy(update={"r": self.dynamic.r_start}) if method == "dynamic" else self.lora
 
     @property
     def resident_layers(self) -> int | None:

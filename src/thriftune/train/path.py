@@ -49,6 +49,10 @@ class StepPath(Protocol):
         """Of the last step, by the names of StepMetrics."""
         ...
 
+    def parameters_changed(self) -> None:
+        """To be called when the model has other trained parameters than before, of other sizes."""
+        ...
+
 
 @dataclass
 class GenericPath:
@@ -101,3 +105,6 @@ class GenericPath:
             if enable is not None:
                 enable()
                 self.recovery.checkpointing = True
+
+    def parameters_changed(self) -> None:
+        """Nothing: every pass goes through the model itself."""
