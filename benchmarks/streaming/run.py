@@ -129,11 +129,11 @@ def job_of(model: RandomModel, case: Case, lengths: Path | None) -> TrainJob:
     )
 
 
-def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention, states: int) -> StepPath:
+def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention) -> StepPath:
     """The streamed path, as `streamed_path` builds it, with slabs that are there; or the engine with all of them."""
     device, program, layers = model.loaded.device, model.program, len(model.program.layers)
     step_tokens, longest = largest_step(job.order, job.lengths, 1), max(job.lengths)
-    later = later_bytes(case.optim, trainable_parameters(model.model)) - (states if case.cap_gib else 0)
+    later = later_bytes(case.optim, trainable_parameters(model.model))
     if case.resident:
         model.streaming(range(layers), SLOTS, lane_to(device))
         room = Room(program, device, step_tokens, longest, later)
@@ -195,7 +195,7 @@ def measure(model: RandomModel, case: Case, card: Card, attention: Attention, le
     thread, collector = card.watch(), Collector(stop_when_out_of_memory=False)
     row: dict[str, Any] = {"stage": "steps", "model": case.model, "batch": case.batch, "cap_gib": case.cap_gib,
                            "resident_engine": case.resident, "optim": case.optim, "fp8": case.fp8}  # fmt: skip
-    path = path_of(model, job, case, attention, states)
+    path = path_of(model, job, case, attention)
     offload = path.offload if isinstance(path, StreamedPath) else None
     job = replace(job, path=path)
     with job.product_types():

@@ -122,10 +122,7 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
         return job, f"autograd through transformers' model: {reason}"
     lengths = [*job.lengths, *map(len, job.eval_examples)]
     step_tokens = largest_step(job.order, job.lengths, job.processes.world)
-    trained = trainable_parameters(job.model)
-    later = later_bytes(recipe.train.optim, trained)
-    if recipe.max_memory is not None:  # `hold_memory` has left room for them beside the allocator
-        later -= paged_bytes(recipe, trained)
+    later = later_bytes(recipe.train.optim, trainable_parameters(job.model))
     fp8 = recipe.precision == "fp8"
     how = "; frozen products in fp8" if fp8 else ""
     if store is None:
