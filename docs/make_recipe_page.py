@@ -41,6 +41,7 @@ SECTION_TITLES = {
     "quant": "quant: the frozen weights of method qlora",
     "dynamic": "dynamic: the falling rank of method dynamic (docs/dynamic_rank.md)",
     "generation": "generation: how answers are written by `predict`, `chat` and `eval`",
+    "federated": "federated: of the `federate` verbs",
 }
 
 

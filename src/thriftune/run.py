@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 import torch
 
-from thriftune.data import PreparedData, largest_step, prepare
-from thriftune.engine.choose import engine_path, refuse_fp8, warm_up, why_not_here
-from thriftune.engine.sizes import later_bytes
+from thriftune.data import PreparedData, prepare
+from thriftune.engine.choose import warm_up
 from thriftune.errors import DiskFullError, OutputError, StoppedBySignal, ThriftuneError
 from thriftune.machine import choose_device, hardware, quiet_libraries, versions
 from thriftune.methods import METHODS, Method, trainable_parameters
 from thriftune.model_files import read_config
-from thriftune.models import LoadedModel, describe_model, load_model, load_tokenizer
+from thriftune.models import LoadedModel, describe_model, load_tokenizer
 from thriftune.models.load import ModelDescription, choose_dtype
 from thriftune.models.surgery import count_parameters, enable_checkpointing
 from thriftune.plan.search import Device
@@ -32,6 +31,7 @@ from thriftune.plan.work import Rows
 from thriftune.planning import RunPlan, cpu_device, own_gpu, plan_run, refuse_other_plans, refuse_too_long, unknown_gpu
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import RunRecord, write_record, write_text_atomically
+from thriftune.run_path import hold_memory, load_base, offload_record, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
 from thriftune.train.checkpoint import is_disk_full, last_good, newest_checkpoint
 from thriftune.train.distributed import Processes
@@ -144,16 +144,32 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     processes.barrier()
     refuse_other_plans(processes.unlike_main(prepared.planned.decision), processes.world)
     method = METHODS[recipe.method]
+
+    def say(text: str) -> None:
+        for observer in observers if processes.is_main else []:
+            observer.event(text)
+
     warming = warm_up(read_config(prepared.description.folder), recipe, device, method.four_bit)
-    loaded = load_model(
-        recipe.model, device=device, dtype=prepared.dtype, quant=recipe.quant if method.four_bit else None
+    hold_memory(device, recipe, 0)
+    base = load_base(
+        recipe,
+        prepared.description,
+        device=device,
+        dtype=prepared.dtype,
+        four_bit=method.four_bit,
+        streams=prepared.planned.streams or recipe.resident_layers is not None,
+        world=processes.world,
+        say=say,
     )
+    loaded = base.loaded
     total_parameters = count_parameters(loaded.model)
     model = method.attach(loaded, recipe)
-    job, path_reason = _with_path(_job(prepared, method, loaded, model, processes, output, resume_command))
+    hold_memory(device, recipe, paged_bytes(recipe, trainable_parameters(model)))
+    job, path_reason = with_path(
+        make_job(prepared, method, loaded, model, processes, output, resume_command), base.store, say
+    )
     path_name: Literal["engine", "generic"] = "generic" if job.path is None else job.path.name
-    for observer in observers if processes.is_main else []:
-        observer.event(f"path: {path_name} ({path_reason})")
+    say(f"path: {path_name} ({path_reason})")
     trackers: list[Observer] = [Trackers(accelerator, recipe)] if recipe.report_to else []
     watching = Observers([*observers, MetricsFile(output / "metrics.jsonl"), *trackers] if processes.is_main else [])
 
@@ -185,6 +201,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             data=prepared.data.audit,
             plan=prepared.planned.chosen,
             reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+            offload=offload_record(job.path, output / "metrics.jsonl"),
             recipe=recipe,
             hardware=hardware(device),
             versions=versions(),
@@ -209,7 +226,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
         raise
     result = output / method.result_folder
     if processes.is_main:
-        _export(method, job.model, loaded, recipe, result)
+        export_result(method, job.model, loaded, recipe, result)
     processes.barrier()
     finished = record("done", outcome, result)
     if processes.is_main:
@@ -217,7 +234,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     return finished
 
 
-def _job(
+def make_job(
     prepared: Prepared,
     method: Method,
     loaded: LoadedModel,
@@ -243,23 +260,6 @@ def _job(
         identity=_identity(prepared, processes.world),
         resume_command=resume_command,
     )
-
-
-def _with_path(job: TrainJob) -> tuple[TrainJob, str]:
-    """The job with the engine as its path, or as it is; and why."""
-    device = job.processes.device
-    reason = why_not_here(job.model, job.recipe, device)
-    if reason is not None:
-        refuse_fp8(job.recipe, reason)
-        return job, f"autograd through transformers' model: {reason}"
-    lengths = [*job.lengths, *map(len, job.eval_examples)]
-    step_tokens = largest_step(job.order, job.lengths, job.processes.world)
-    later = later_bytes(job.recipe.train.optim, trainable_parameters(job.model))
-    switch = job.recipe.train.gradient_checkpointing
-    fp8 = job.recipe.precision == "fp8"
-    path = engine_path(job.model, device, lengths, step_tokens, later, switch, fp8)
-    products = "; frozen products in fp8" if fp8 else ""
-    return replace(job, path=path), f"explicit forward and backward pass; attention: {path.attention.name}{products}"
 
 
 def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def _leave_behind(output: Path, record: RunRecord) -> None:
     write_record(output / "record.json", record)
 
 
-def _export(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
+def export_result(method: Method, model: Any, loaded: LoadedModel, recipe: Recipe, result: Path) -> None:
     """Write the result aside, then put it in place whole."""
     aside = result.with_name(f".{result.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)

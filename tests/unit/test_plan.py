@@ -154,7 +154,7 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
     assert fixed.notes[1].startswith("fits with per_device_train_batch_size=")
     words = fixed.notes[1].removeprefix("fits with ").split()
     assert plan_method(case_of(*words, "engine=off"), "lora", on(), market()).fits
-    large = plan_method(case_of(shape=LLAMA_70B), "qlora", on(), market(price("a40", 0.44)))
+    large = plan_method(case_of("offload=off", shape=LLAMA_70B), "qlora", on(), market(price("a40", 0.44)))
     assert large.notes[1] == "fits on a40 (44.34 GiB usable, from $0.44 an hour)"
     assert "no single GPU" in plan_method(case_of(shape=LLAMA_70B), "full", on(), market()).notes[-1]
 
@@ -365,10 +365,10 @@ def test_few_rows_warn_of_learning_by_heart():
 
 
 def test_a_70b_on_24_gb_is_told_that_paged_optimizers_do_not_page_weights():
-    found = plan_of(case_of(shape=LLAMA_70B), on()).gpus[0]
+    found = plan_of(case_of("offload=off", shape=LLAMA_70B), on()).gpus[0]
     assert found.recommended.method is None and found.recommended.command is None
     text = " ".join(found.recommended.reasons)
-    assert "it pages optimizer states, not weights" in text and "not built in yet" in text
+    assert "it pages optimizer states, not weights" in text and "offload=auto" in text
     assert not any("paged" in reason for reason in plan_of(case_of(), on()).gpus[0].recommended.reasons)
 
 

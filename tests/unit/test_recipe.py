@@ -16,6 +16,7 @@ from thriftune.errors import InputError, RecipeError
 from thriftune.recipe import (
     DataRecipe,
     DynamicRecipe,
+    FederatedRecipe,
     GenerationRecipe,
     LoraRecipe,
     ModelRecipe,
@@ -34,6 +35,9 @@ from thriftune.recipe.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml, 
 OTHER_VALUES: dict[str, Any] = {
     "method": "qlora",
     "engine": "off",
+    "precision": "fp8",
+    "offload": "off",
+    "max_memory": "24GiB",
     "model.name": "org/model",
     "model.revision": "abc",
     "model.trust_remote_code": True,
@@ -102,6 +106,16 @@ OTHER_VALUES: dict[str, Any] = {
     "generation.temperature": 0.7,
     "generation.top_p": 0.9,
     "generation.batch_size": 7,
+    "federated.rounds": 7,
+    "federated.local_steps": 7,
+    "federated.aggregation": "rolora",
+    "federated.quorum": 0.7,
+    "federated.round_timeout_s": 7.5,
+    "federated.send_dtype": "float32",
+    "federated.largest_change": 7.5,
+    "federated.clip_norm": 0.7,
+    "federated.noise_multiplier": 0.7,
+    "federated.delta": 1e-3,
     "output": "runs/mine",
     "seed": 7,
     "report_to": ["tensorboard"],
@@ -148,7 +162,10 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_every_option_is_covered_here_and_explained() -> None:
     assert set(OTHER_VALUES) == set(known_places())
     assert len(OTHER_VALUES) > 60
-    kinds = [Recipe, ModelRecipe, DataRecipe, TrainRecipe, LoraRecipe, QuantRecipe, DynamicRecipe, GenerationRecipe]
+    kinds = [
+        *(Recipe, ModelRecipe, DataRecipe, TrainRecipe, LoraRecipe, QuantRecipe, DynamicRecipe, GenerationRecipe),
+        FederatedRecipe,
+    ]
     assert len(SECTIONS) == len(kinds) - 1
     silent = [
         f"{kind.__name__}.{name}"

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 
-from thriftune.cli import comparing, planning, training, using
+from thriftune.cli import comparing, federating, planning, training, using
 from thriftune.cli.app import app
 from thriftune.errors import StoppedBySignal, ThriftuneError
 
-__all__ = ["app", "comparing", "main", "planning", "training", "using"]
+__all__ = ["app", "comparing", "federating", "main", "planning", "training", "using"]
 
 
 def _let_segments_grow() -> None:

@@ -30,6 +30,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time some layers on this machine's GPU (or CPU), instead of the table.")
     ] = False,
+    max_memory: Annotated[str | None, typer.Option(help="GPU memory that the run may take, such as 24GiB.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +42,7 @@ def plan(
     from thriftune.planning import plan_words
 
     named = [text.strip() for entry in method or [] for text in entry.split(",") if text.strip()]
-    recipe = recipe_of_words(words, config, {"data": data})
+    recipe = recipe_of_words(words, config, {"data": data, "max_memory": max_memory})
     asked: dict[str, Any] = {"gpu_names": gpu or [], "gpus": gpus, "methods": named, "prefer": prefer}
     if measure:
         from thriftune.measure import measure_words

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from thriftune.engine.attention import Attention, FlashAttention, ReferenceAttention
+from thriftune.engine.hosted import Slabs
 from thriftune.engine.layer import Layer
+from thriftune.engine.offload import Demand
 from thriftune.engine.path import EnginePath
 from thriftune.engine.read import base_of, read_program, why_not
 from thriftune.engine.room import Room
 from thriftune.engine.sizes import RANK_MULTIPLE, RECOMPUTING, rank_multiple
+from thriftune.engine.streamed_path import StreamedPath, streamed_path
 from thriftune.engine.takes import why_not_fp8, why_not_method
 from thriftune.engine.trust import why_not_trusted
 from thriftune.engine.warm import Warming, start_warming
@@ -87,6 +90,14 @@ def engine_path(
     room = Room(program, device, step_tokens, longest, later_bytes)
     most, least = RECOMPUTING[checkpointing]
     return EnginePath(program, device, choose_attention(device, program.layers), room, most, least)
+
+
+def streaming_path(
+    model: nn.Module, slabs: Slabs, device: torch.device, demand: Demand, fp8: bool, say: Callable[[str], None]
+) -> StreamedPath:
+    """The path of a run whose model is a shell and whose layers are streamed from `slabs`."""
+    program = read_program(model, demand.longest, rank_multiple(device.type, fp8), fp8)
+    return streamed_path(program, slabs, device, choose_attention(device, program.layers), demand, say)
 
 
 def choose_attention(device: torch.device, layers: Sequence[Layer]) -> Attention:

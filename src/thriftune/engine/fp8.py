@@ -118,6 +118,13 @@ class Fp8Values:
         return cls(zeros(size_out, size_in + 3 * rank), zeros(size_in, size_out + 3 * rank))
 
 
+def fp8_to_be_read(size_out: int, size_in: int, rank: int, values: Fp8Values, like: Tensor) -> Fp8:
+    """Of 4-bit weights that are not there yet: `read_fp8` gives the rows' scales when they are."""
+    ahead = Operand(values.forward_NK, like.new_empty(size_out, 1), torch.ones(rank, device=like.device), size_in)
+    back = Operand(values.backward_NK, like.new_empty(size_in, 1), torch.ones(rank, device=like.device), size_out)
+    return Fp8(like.new_zeros(rank, size_in), like.new_zeros(size_out, rank), ahead, back)
+
+
 def read_fp8(
     parts: Sequence[Part], packed: Sequence[FourBit], size_in: int, rank: int, values: Fp8Values, like: Tensor
 ) -> Fp8:

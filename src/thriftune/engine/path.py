@@ -82,6 +82,9 @@ class EnginePath:
             return {}
         return {"keep": int(self.keep), "most_tokens": self.most_tokens}
 
+    def measured(self) -> dict[str, float]:
+        return {}
+
     def resume(self, state: Mapping[str, int | bool]) -> None:
         """As the checkpoint was left."""
         if "keep" in state and "most_tokens" in state:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftune.engine.attention import Kind
-from thriftune.engine.fp8 import Fp8Values, read_fp8
+from thriftune.engine.fp8 import Fp8Values, fp8_to_be_read, read_fp8
 from thriftune.engine.head import Head
 from thriftune.engine.layer import Layer, Norm
 from thriftune.engine.part import Part
@@ -76,7 +76,7 @@ def read_program(model: nn.Module, longest: int, rank_multiple: int, fp8: bool) 
     base = base_of(model)
     inner, config = base.model, base.config
     with torch.no_grad():
-        shared = SharedBuffers(rank_multiple, inner.embed_tokens.weight, fp8)
+        shared = SharedBuffers(rank_multiple, base.lm_head.weight, fp8)  # the embedding may lie on the host
         layers = [_layer(module, config, shared) for module in inner.layers]
         _find_traces([stack for layer in layers for stack in layer.stacks if stack.shared])
         weight_VD = base.lm_head.weight
@@ -194,14 +194,19 @@ def _stack(parent: Any, names: Sequence[str], shared: SharedBuffers) -> Stack:
     rank = padded_rank(parts, shared.rank_multiple)
     stack = Stack(parts, size_in, size_out, rank, None, _bias(linears, shared.like))
     if hasattr(linears[0].weight, "quant_state"):
-        stack.packed, stack.shared = [FourBit.of(linear.weight) for linear in linears], True
+        # Streamed layers have no weights here: `residency.Streaming` gives them theirs while they are visited.
+        weights = [linear.weight for linear in linears if linear.weight.quant_state is not None]
+        stack.packed, stack.shared = [FourBit.of(weight) for weight in weights], True
     if shared.fp8:
-        if stack.packed:
+        if stack.shared:
             values = shared.values_of(size_out, size_in, rank)
         else:
             values = Fp8Values.empty(size_out, size_in, rank, shared.like.device)
-        stack.fp8 = read_fp8(parts, stack.packed, size_in, rank, values, shared.like)
-    elif stack.packed:
+        if stack.shared and not stack.packed:
+            stack.fp8 = fp8_to_be_read(size_out, size_in, rank, values, shared.like)
+        else:
+            stack.fp8 = read_fp8(parts, stack.packed, size_in, rank, values, shared.like)
+    elif stack.shared:
         stack.buffer_YX = shared.of(size_out, size_in, rank)
     else:
         stack.buffer_YX = shared.like.new_zeros(size_out + rank, size_in + rank)

@@ -144,7 +144,9 @@ def plan_method(
     )
     if method == "dynamic":
         notes = [*notes, _cuts_note(case, work.steps)]
-    if stopwatch is not None and fits:
+    if stopwatch is not None and fits and chosen.streamed is not None:
+        notes = [*notes, "was not measured: a few layers do not tell how transfers of all of them hide"]
+    elif stopwatch is not None and fits:
         timed = stopwatch(method, chosen)
         step_s = step_s if timed.step_s is None else timed.step_s
         notes = [*notes, timed.note]
@@ -178,6 +180,8 @@ def plan_method(
 
 def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str | None) -> list[str]:
     """Sentences without their subject, the method. `no_engine` says why it does not go through the engine."""
+    if chosen.streamed is not None:
+        return chosen.streamed.notes(chosen.work)
     if chosen.choice is not None:
         return _engine_notes(chosen.choice, chosen.work)
     asked = case.recipe.train.per_device_train_batch_size

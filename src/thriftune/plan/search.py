@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from thriftune.plan.engine import engine_case, engine_choice, least_choice, why_
 from thriftune.plan.engine_memory import engine_memory
 from thriftune.plan.engine_time import engine_time
 from thriftune.plan.memory import memory_of, optimizers_of, setup_of
+from thriftune.plan.offload import Streamed, streamed
 from thriftune.plan.time import time_of
 from thriftune.plan.values import Memory, Path, Time, Timed, Work
 from thriftune.plan.work import Rows, work_of
@@ -21,6 +23,7 @@ from thriftune.shapes import ModelShape
 
 SHORTEST_ROWS = 16  # tokens; below that no training is worth a plan
 ROWS = "per_device_train_batch_size"
+STREAMING_GAIN = 0.9  # of the time of a step with all layers on the GPU: what streaming must stay under to be taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class Candidate:
     optimizer: str
     choice: Choice | None = None
     least_bytes: int | None = None
+    streamed: Streamed | None = None
 
     @property
     def path(self) -> Path:
@@ -121,7 +125,7 @@ class Candidate:
                 "tokens_at_once": self.choice.most_tokens,
                 "layers_unpacked": self.choice.held,
             }
-        return found
+        return found | (self.streamed.settings if self.streamed is not None else {})
 
 
 Stopwatch = Callable[[str, Candidate], Timed]  # times a method, by name, with these settings
@@ -153,9 +157,7 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
     adapter = adapter or adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     optimizers = optimizers_of(case.recipe, method, device.gpu is not None)
     if case.engine_reason(method, device, adapter) is None:
-        ways = [_engine_candidate(case, method, device, adapter, name) for name in optimizers]
-        least = ways[-1].least_bytes
-        return [replace(way, least_bytes=least) for way in ways]
+        return _engine_candidates(case, method, device, adapter, optimizers)
     found = []
     for rows_at_once, recompute in allowed_settings(case):
         setup = setup_of(case.recipe, method, recompute, device.gpu is not None)
@@ -167,6 +169,24 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
         accumulation = case.rows_a_step // rows_at_once
         found.append(Candidate(rows_at_once, accumulation, recompute, work, memory, time, optimizers[-1]))
     return found
+
+
+def _engine_candidates(
+    case: Case, method: str, device: Device, adapter: Adapter, optimizers: Sequence[str]
+) -> list[Candidate]:
+    """One for each optimizer. Layers are streamed where the recipe says how many stay; else where they do not fit, and
+    where they do only with steps cut into so small parts that streaming is clearly faster."""
+    ways = [_engine_candidate(case, method, device, adapter, name) for name in optimizers]
+    if _may_stream(case.recipe, method, device):
+        others = [_streamed_candidate(case, method, device, adapter, name) for name in optimizers]
+        if case.recipe.resident_layers is not None:
+            ways = others
+        else:
+            fitting = [way.time.step_s for way in ways if way.time and way.memory.peak_bytes <= device.usable_bytes]
+            most_s = STREAMING_GAIN * min(fitting) if fitting else math.inf
+            ways += [other for other in others if other.time and other.time.step_s < most_s]
+    least = min(way.least_bytes or 0 for way in ways)
+    return [replace(way, least_bytes=least) for way in ways]
 
 
 def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
@@ -190,6 +210,25 @@ def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter,
     return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, optimizer, chosen, least_bytes)
 
 
+def _streamed_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
+    """With as many layers on the GPU as this memory holds, and the others streamed."""
+    rows_at_once = case.recipe.train.per_device_train_batch_size
+    work = case.work(rows_at_once, device.count)
+    setup = setup_of(case.recipe, method, False, device.gpu is not None, optimizer)
+    way = streamed(engine_case(case.shape, adapter, setup, device.gpu), case.recipe, work, device.usable_bytes)
+    accumulation = case.rows_a_step // rows_at_once
+    return Candidate(
+        rows_at_once, accumulation, True, work, way.memory, way.time, optimizer, way.choice, way.least_bytes, way
+    )
+
+
+def _may_stream(recipe: Recipe, method: str, device: Device) -> bool:
+    """On one GPU, with layers that keep their input alone; where memory is not counted, only if the recipe asks."""
+    if method != "qlora" or recipe.offload == "off" or recipe.train.gradient_checkpointing == "off" or device.count > 1:
+        return False
+    return device.gpu is not None or recipe.resident_layers is not None
+
+
 def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
     """The fastest that fits; of equally fast ones, and where no time is known, the first. The smallest if none fits."""
     found = list(found)
@@ -203,8 +242,7 @@ def least_bytes(case: Case, method: str, device: Device, like: Candidate) -> int
     """Bytes at the peak with the smallest settings: those of `like`, or the engine's least."""
     adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     if case.engine_reason(method, device, adapter) is None:
-        leanest = optimizers_of(case.recipe, method, device.gpu is not None)[-1]
-        return _engine_candidate(case, method, device, adapter, leanest).least_bytes or 0
+        return min(way.least_bytes or 0 for way in candidates(case, method, device, adapter))
     setup = setup_of(case.recipe, method, like.checkpointing, device.gpu is not None)
     return memory_of(case.shape, adapter, setup, case.work(like.rows_at_once, device.count), device.gpu).peak_bytes
 

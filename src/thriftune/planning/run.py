@@ -14,7 +14,7 @@ from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan, pla
 from thriftune.plan.search import Case, Device
 from thriftune.plan.show import three_lines
 from thriftune.plan.work import Rows
-from thriftune.planning.devices import machine_memory, read_market
+from thriftune.planning.devices import capped, machine_memory, read_market
 from thriftune.recipe import MethodName, Recipe
 from thriftune.records import GpuPlan, Plan, PlannedMethod
 from thriftune.shapes import from_config
@@ -34,6 +34,11 @@ class RunPlan:
     plan: Plan | None = None
     chosen: PlannedMethod | None = None
     note: str = ""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the plan has layers streamed: the recipe says how many stay, or not all of them fit."""
+        return self.chosen is not None and "layers_streamed" in self.chosen.settings
 
     @property
     def decision(self) -> tuple[float, ...]:
@@ -59,7 +64,7 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
     Raises DoesNotFitError with the nearest thing that does when the plan does not fit the GPU, unless `force`. In a
     computer's own memory, where the system pages, only weights larger than all of it are refused.
     """
-    market = read_market()
+    market, device = read_market(), capped(device, recipe)
     try:
         shape = from_config(read_config(folder), recipe.model.name)
         case = Case(shape, recipe, rows)

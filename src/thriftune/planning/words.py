@@ -10,7 +10,7 @@ from thriftune.plan.advise import PREFERENCES, Prefer
 from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan
 from thriftune.plan.search import Case
 from thriftune.plan.work import Rows, assumed_rows
-from thriftune.planning.devices import find_devices, read_market
+from thriftune.planning.devices import capped, find_devices, read_market
 from thriftune.planning.model import FoundModel, find_planned_model
 from thriftune.recipe import Recipe
 from thriftune.records import Plan
@@ -32,7 +32,8 @@ def plan_words(
     Raises InputError, ModelError and DataError for what cannot be found or read.
     """
     market = read_market()
-    devices, notes = find_devices(gpu_names, gpus, market)
+    found, notes = find_devices(gpu_names, gpus, market)
+    devices = [capped(device, recipe) for device in found]
     question, _ = ask(recipe, methods=methods, prefer=prefer, notes=notes)
     return make_plan(question, devices, market)
 

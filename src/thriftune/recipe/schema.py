@@ -1,4 +1,5 @@
-"""The recipe: every option of a run, its default, its meaning. This is the only home of defaults.
+"""The recipe: every option of a run, its default, its meaning. This is the only home of defaults (those of the
+`federate` verbs stand beside it, in `federated.py`).
 
 A recipe has sections (`model`, `data`, `train`, `lora`, ...). A leaf whose name is unique may be written flat, as in
 Hugging Face's scripts: `learning_rate=1e-4` is `train.learning_rate`. The names of axolotl, LLaMA-Factory and TRL are
@@ -7,41 +8,24 @@ accepted too (see `read.py`). Unknown keys are refused, and all problems are rep
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thriftune.errors import RecipeError
 from thriftune.recipe.dynamic import contradictions_of_dynamic
+from thriftune.recipe.federated import FederatedRecipe
+from thriftune.recipe.nearest import did_you_mean
+from thriftune.recipe.section import Fraction, NonNegative, Positive, Section
+from thriftune.units import parse_bytes
 
 MethodName = Literal["auto", "lora", "qlora", "dynamic", "full"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_SEED = 2**32 - 1  # what numpy takes
 
 # Learning rates when the recipe names none. Adapters start from zero and take about ten times the rate of full
 # fine-tuning (Hu et al. 2021, section F; Biderman et al. 2024, "LoRA Learns Less and Forgets Less", section 6).
 LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "dynamic": 2e-4, "full": 2e-5}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1; `r: true` is a slip all the same."""
-        if isinstance(value, bool) and _takes_a_number(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError("expects a number")
-        return value
-
-
-def _takes_a_number(annotation: Any) -> bool:
-    return annotation in (int, float) or any(_takes_a_number(part) for part in get_args(annotation))
 
 
 class ModelRecipe(Section):
@@ -241,6 +225,7 @@ class Recipe(Section):
     quant: QuantRecipe = Field(default_factory=QuantRecipe)
     dynamic: DynamicRecipe = Field(default_factory=DynamicRecipe)
     generation: GenerationRecipe = Field(default_factory=GenerationRecipe)
+    federated: FederatedRecipe = Field(default_factory=FederatedRecipe)
     output: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="folder of the run; runs/<model>-<data>-<method> when not given"
     )
@@ -254,6 +239,13 @@ class Recipe(Section):
     precision: Literal["auto", "fp8"] = Field(
         "auto",
         description="type of the frozen products: auto is that of the base; fp8 is 8-bit floats, by the engine alone",
+    )
+    offload: Literal["auto", "off"] | dict[str, int] = Field(
+        "auto",
+        description="4-bit layers streamed: auto, those that do not fit; off, none; {resident_layers: N}, all but N",
+    )
+    max_memory: str | None = Field(
+        None, description="GPU memory that a run may take, all in, such as 24GiB; null: all that is free"
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that get the step metrics too; none"
@@ -273,6 +265,23 @@ class Recipe(Section):
         if reports is None or isinstance(reports, str):
             values["report_to"] = [] if reports in (None, "none") else _comma_list(reports)
         return values
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _offload_words(cls, value: Any) -> Any:
+        if value in ("auto", "off"):
+            return value
+        layers = value.get("resident_layers") if isinstance(value, dict) and len(value) == 1 else None
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
+            raise ValueError("expects auto, off or {resident_layers: N} with N from 0")
+        return value
+
+    @field_validator("max_memory")
+    @classmethod
+    def _memory_words(cls, value: str | None) -> str | None:
+        if value is not None and parse_bytes(value) < 1:
+            raise ValueError("expects more than no memory")
+        return value
 
     @classmethod
     def build(cls, values: dict[str, Any], source: str, found: list[str] | None = None) -> Recipe:
@@ -313,11 +322,27 @@ class Recipe(Section):
             problems += contradictions_of_dynamic(self)
         if self.method == "full" and self.lora != LoraRecipe():
             problems.append("lora.* options have no effect with method full; drop them or use method lora or qlora")
+        if isinstance(self.offload, dict):
+            if self.method != "qlora":
+                problems.append(f"offload streams 4-bit layers and method is {self.method}; use method qlora")
+            if train.gradient_checkpointing == "off":
+                problems.append("offload computes layers again and train.gradient_checkpointing is off; drop one")
+            if self.engine == "off":
+                problems.append("offload.resident_layers needs the engine, and engine is off; drop one of them")
         return problems
 
     def adapter_at_start(self, method: str) -> LoraRecipe:
         """The adapter that a run with `method` starts with."""
         return self.lora.model_copy(update={"r": self.dynamic.r_start}) if method == "dynamic" else self.lora
+
+    @property
+    def resident_layers(self) -> int | None:
+        """Layers that the recipe wants to stay on the GPU while the others are streamed; None: it does not say."""
+        return self.offload["resident_layers"] if isinstance(self.offload, dict) else None
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
 
     @property
     def has_eval_rows(self) -> bool:
@@ -380,13 +405,3 @@ def known_places() -> list[str]:
         else:
             places.append(name)
     return places
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' with the nearest of the known names, matched by their last part; '' when none is near."""
-    by_leaf: dict[str, str] = {}
-    for name in known:
-        by_leaf.setdefault(name.split(".")[-1].lower(), name)
-        by_leaf.setdefault(name.lower(), name)
-    near = difflib.get_close_matches(word.lower(), list(by_leaf), n=1, cutoff=0.6)
-    return f" (did you mean {by_leaf[near[0]]}?)" if near else ""

@@ -70,6 +70,11 @@ class Variant:
         return next(cell for cell in self.done if cell.record.seed is None or seed_of(cell) == seed)
 
 
+def share_a_device(variants: Sequence[Variant]) -> bool:
+    """Whether cells ran beside others on one device: their times then tell of the company, not of the method."""
+    return any(cell.record.sharing for variant in variants for cell in variant.done)
+
+
 def seed_of(cell: Cell) -> str:
     return str(cell.record.seed)
 

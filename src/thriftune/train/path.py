@@ -45,6 +45,10 @@ class StepPath(Protocol):
 
     def resume(self, state: Mapping[str, int | bool]) -> None: ...
 
+    def measured(self) -> dict[str, float]:
+        """Of the last step, by the names of StepMetrics."""
+        ...
+
     def parameters_changed(self) -> None:
         """To be called when the model has other trained parameters than before, of other sizes."""
         ...
@@ -85,6 +89,9 @@ class GenericPath:
 
     def in_evaluation(self) -> GenericPath:
         return replace(self, recovery=Recovery(self.eval_rows, self.recovery.checkpointing, None))
+
+    def measured(self) -> dict[str, float]:
+        return {}
 
     def state(self) -> dict[str, int | bool]:
         return {"rows_at_once": self.recovery.rows_at_once, "checkpointing": self.recovery.checkpointing}

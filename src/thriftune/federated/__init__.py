@@ -1,0 +1,1 @@
+"""Sites that keep their data and share one adapter."""

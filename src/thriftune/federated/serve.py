@@ -1,0 +1,129 @@
+"""`federate serve`: the coordinator between machines. It starts Flower's SuperLink, runs the rounds, and stops it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from thriftune.federated.coordinator import Coordinator, QuorumError
+from thriftune.federated.flower.coordinator import CoordinatorLink, Reply
+from thriftune.federated.keys import read_coordinator_keys
+from thriftune.federated.message import MessageError
+from thriftune.federated.records import FederatedRecord, FederatedRound
+from thriftune.federated.result import record_of, round_line, write_result
+from thriftune.federated.site import recipe_of_rounds
+from thriftune.machine import quiet_libraries
+from thriftune.recipe import Recipe
+
+POLL_S = 0.5
+GOODBYE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What the verb was asked for. `ranks`: site -> rank, lora.r for those not named."""
+
+    recipe: Recipe
+    certificates: Path
+    ranks: dict[str, int]
+    host: str
+    port: int
+    output: Path
+    command: str
+
+
+def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
+    """Run all rounds with the sites that join, and leave the same folder as a simulation. Given again, it goes on with
+    the round that it was stopped in."""
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    quiet_libraries()
+    keys = read_coordinator_keys(asked.certificates)
+    recipe = recipe_of_rounds(asked.recipe)
+    recipe = recipe.resolved("lora" if recipe.method == "auto" else recipe.method, str(asked.output))
+    sites = {site: asked.ranks.get(site, recipe.lora.r) for site in keys.sites}
+    coordinator = Coordinator(recipe, sites, asked.output)
+    with CoordinatorLink(keys, asked.host, asked.port, asked.output / "flower") as link:
+        say(f"serving {asked.host}:{asked.port}, round {coordinator.round + 1} of {recipe.federated.rounds}; sites: "
+            + ", ".join(f"{site} (rank {rank})" for site, rank in sites.items()))  # fmt: skip
+        while not coordinator.is_done:
+            say(round_line(_round(coordinator, link, say), recipe))
+        meter = link.traffic()
+        _say_goodbye(coordinator, link)
+    record = record_of(
+        coordinator,
+        transport="flower",
+        rows={},
+        wall_s=time.perf_counter() - clock,
+        device=torch.device("cpu"),
+        command=asked.command,
+        started=started,
+        meter=meter,
+    )
+    write_result(asked.output, record)
+    return record
+
+
+def _round(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str], None]) -> FederatedRound:
+    """One round; begun anew, with all sites that are there, when it ends without a quorum."""
+    while True:
+        _wait_for_quorum(coordinator, link, say)
+        _collect(coordinator, link, say)
+        link.forget()
+        try:
+            return coordinator.close(lambda: None)
+        except QuorumError as error:
+            say(f"{error.given}: this round begins anew")
+            time.sleep(POLL_S)
+
+
+def _wait_for_quorum(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str], None]) -> None:
+    needed = coordinator.recipe.federated.quorum * len(coordinator.sites)
+    told: set[str] | None = None
+    while len(online := link.online()) < needed:
+        if online != told:
+            say(f"waiting for sites: {', '.join(sorted(online)) or 'none'} of {', '.join(coordinator.sites)} are here")
+            told = online
+        time.sleep(POLL_S)
+
+
+def _collect(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str], None]) -> None:
+    """Offer the adapter to every site that is there or comes, until all offered have answered or time is up."""
+    ends = time.monotonic() + coordinator.recipe.federated.round_timeout_s
+    offered: set[str] = set()
+    while time.monotonic() < ends:
+        for site in sorted(link.online() - offered):
+            link.send(site, coordinator.offer(site))
+            offered.add(site)
+        for reply in link.receive():
+            _take(coordinator, reply, say)
+        if not coordinator.waits_for:
+            return
+        time.sleep(POLL_S)
+    say(f"round {coordinator.round + 1}: time is up, without {', '.join(coordinator.waits_for)}")
+
+
+def _take(coordinator: Coordinator, reply: Reply, say: Callable[[str], None]) -> None:
+    """Take an update, or refuse it aloud."""
+    try:
+        if reply.error:
+            raise MessageError(given=reply.error, allowed="an update", do="look at that site")
+        coordinator.take(reply.site, reply.data)
+    except MessageError as error:
+        coordinator.refuse(reply.site, error.given)
+        say(f"refused: {error.given}")
+
+
+def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink) -> None:
+    """Give the result to the sites that are there, and wait a little for their thanks."""
+    waiting = link.online()
+    for site in waiting:
+        link.send(site, coordinator.end(site))
+    ends = time.monotonic() + GOODBYE_S
+    while waiting and time.monotonic() < ends:
+        waiting = waiting - {reply.site for reply in link.receive()}
+        time.sleep(POLL_S)

@@ -1,0 +1,107 @@
+"""`federate simulate`: all sites in one process, one after another, over one loaded base.
+
+Every byte goes through the same messages, the same coordinator and the same sites as between machines; only nothing
+travels (docs/decisions/0011). The data set is read once and shared out as `--split` says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from thriftune.data import Example
+from thriftune.errors import InputError
+from thriftune.federated.coordinator import Coordinator
+from thriftune.federated.records import FederatedRecord, FederatedRound
+from thriftune.federated.result import record_of, round_line, write_result
+from thriftune.federated.site import Base, Site, eval_loss, open_base, recipe_of_rounds
+from thriftune.federated.split import read_split, share_out
+from thriftune.recipe import Recipe
+from thriftune.run import Prepared, prepare_run
+from thriftune.train.observe import MetricsFile
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the verb was asked for. `ranks` are given to the sites in turn; none: lora.r for all."""
+
+    recipe: Recipe
+    clients: int
+    split: str
+    ranks: Sequence[int]
+    force: bool
+    command: str
+
+
+def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
+    """Run all rounds and leave a folder as a run does: recipe.yaml, adapter/, record.json; beside them rounds/, sites/.
+
+    Given again, it goes on after the last round that was written. The sites' optimizers then start anew.
+    """
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    split = read_split(asked.split)
+    prepared = prepare_run(recipe_of_rounds(asked.recipe), force=asked.force)
+    recipe = prepared.recipe
+    output = Path(recipe.output or "")
+    names = [f"site-{number + 1}" for number in range(asked.clients)]
+    ranks = {
+        name: (asked.ranks or [recipe.lora.r])[place % max(1, len(asked.ranks))] for place, name in enumerate(names)
+    }
+    examples = _share(prepared, share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed), names)
+    coordinator = Coordinator(recipe, ranks, output)
+    base = open_base(prepared, output)
+    if base.places.fingerprint() != coordinator.state.places:
+        raise AssertionError("the adapter over the weights is not the one over the shapes")
+    say(f"path: {base.path.name} ({base.path_reason})")
+    for name in names:
+        say(f"{name}: {len(examples[name]):,} rows, rank {ranks[name]}")
+    sites = [_site(base, name, examples[name], output) for name in names]
+    while not coordinator.is_done:
+        say(round_line(_round(coordinator, base, sites), recipe))
+    record = record_of(
+        coordinator,
+        transport="simulated",
+        rows={name: len(examples[name]) for name in names},
+        wall_s=time.perf_counter() - clock,
+        device=prepared.device,
+        command=asked.command,
+        started=started,
+    )
+    write_result(output, record)
+    return record
+
+
+def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> FederatedRound:
+    for site in sites:
+        coordinator.take(site.name, site.answer(coordinator.offer(site.name)))
+
+    def measure() -> float | None:
+        base.places.write(coordinator.current)
+        return eval_loss(base)
+
+    return coordinator.close(measure)
+
+
+def _site(base: Base, name: str, examples: Sequence[Example], output: Path) -> Site:
+    folder = output / "sites" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return Site(base, name, examples, folder, [MetricsFile(folder / "metrics.jsonl")], keeps=False)
+
+
+def _share(prepared: Prepared, shares: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, list[Example]]:
+    """Each site's examples, in the order of the rows. Raises InputError when a site is left without one."""
+    owner = {row: name for name, share in zip(names, shares, strict=True) for row in share}
+    found: dict[str, list[Example]] = {name: [] for name in names}
+    for example in prepared.data.train:
+        found[owner[example.row]].append(example)
+    for name, examples in found.items():
+        if not examples:
+            raise InputError(
+                given=f"{name} has no row left with an answer to train on",
+                allowed="at least one row a site",
+                do="take fewer --clients, or another --split",
+            )
+    return found

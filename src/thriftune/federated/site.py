@@ -1,0 +1,257 @@
+"""A site: the base loaded once, its own rows, its own optimizer; each round the ordinary step, so many times.
+
+The optimizer's moments never leave the site and stay from round to round (docs/decisions/0010). A site's steps are
+numbered through all rounds: step s of round n is step n * local_steps + s of the schedule and of the order of its
+rows, so a site that missed rounds goes on where the others are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from thriftune.data import Example
+from thriftune.errors import InputError, RecipeError
+from thriftune.federated.adapter import Places, find_places
+from thriftune.federated.aggregate import Adapter
+from thriftune.federated.message import Header, expect, factors_of, open_message, pack_update
+from thriftune.federated.part import PartialPath, without_components_beyond
+from thriftune.methods import METHODS
+from thriftune.models import LoadedModel, load_model
+from thriftune.recipe import Recipe
+from thriftune.records import StepMetrics
+from thriftune.run import Prepared, export_result, make_job, with_path
+from thriftune.train import Observer, Observers, StopRequest, TrainJob
+from thriftune.train.checkpoint import TrainState, check_identity, find_checkpoint, prune_checkpoints, write_checkpoint
+from thriftune.train.distributed import Processes
+from thriftune.train.job import generic_path
+from thriftune.train.loop import StepResult, mean_loss, train_step
+from thriftune.train.meter import Meter
+from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer
+from thriftune.train.path import StepPath
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model with the recipe's adapter on it, and the path that computes its gradients. Sites of one process share
+    it."""
+
+    loaded: LoadedModel
+    job: TrainJob
+    path: StepPath
+    places: Places
+    path_reason: str
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise RecipeError for what sites cannot do together."""
+    problems = recipe.federated.contradictions()
+    if recipe.method == "full":
+        problems.append("method full: sites share an adapter; use method lora, qlora or auto")
+    if recipe.train.weight_decay:
+        problems.append("train.weight_decay would shrink what a site does not train; leave it at 0")
+    if problems:
+        raise RecipeError(problems, "the recipe")
+
+
+def terms_of(recipe: Recipe) -> str:
+    """Fingerprint of what both ends must have in common, beside the adapter's shapes."""
+    text = json.dumps([recipe.lora.model_dump(mode="json"), recipe.federated.model_dump(mode="json")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe_of_rounds(recipe: Recipe) -> Recipe:
+    """The recipe with its number of steps: those of all rounds."""
+    check_recipe(recipe)
+    steps = recipe.federated.rounds * recipe.federated.local_steps
+    return recipe.replace(train={"max_steps": steps})
+
+
+def open_base(prepared: Prepared, output: Path) -> Base:
+    """Load the model and attach the adapter, as a run does."""
+    recipe, device = prepared.recipe, prepared.device
+    method = METHODS[recipe.method]
+    loaded = load_model(
+        recipe.model, device=device, dtype=prepared.dtype, quant=recipe.quant if method.four_bit else None
+    )
+    model = method.attach(loaded, recipe)
+    processes = Processes(0, 1, device)
+    job = make_job(prepared, method, loaded, model, processes, output, "the same command again")
+    job, reason = with_path(job, None, lambda text: None)
+    return Base(loaded, job, job.path or generic_path(job), find_places(model), reason)
+
+
+class Site:
+    """One site over a base. `offer -> update` is all that others see of it."""
+
+    def __init__(
+        self,
+        base: Base,
+        name: str,
+        examples: Sequence[Example],
+        output: Path,
+        observers: Sequence[Observer],
+        keeps: bool,
+    ) -> None:
+        """`keeps`: write the optimizer to `output` after each round, and take up there when started again."""
+        self.name, self.output = name, output
+        self._keeps = keeps
+        self._base = base
+        self._job = replace(base.job, train_examples=examples, output=output)
+        self._path = PartialPath(base.path, base.places, base.places.rank)
+        self._observers = Observers(observers)
+        recipe = self._job.recipe
+        self._optimizer, _, remark = build_optimizer(self._job.model, recipe, self._job.processes.device)
+        if remark:
+            self._observers.event(remark)
+        self._rate = LearningRate(recipe.train, recipe.learning_rate, self._job.order.steps)
+        self._state = TrainState(identity={})
+        self.targets = sum(example.num_targets for example in examples)
+
+    @property
+    def job(self) -> TrainJob:
+        return self._job
+
+    def end(self, message: bytes) -> Path:
+        """Take the result of the federation, and write it as a PEFT folder. Returns the folder."""
+        opened = open_message(message)
+        self._check(opened.header, "end")
+        places, job = self._base.places, self._job
+        places.write(factors_of(opened, places.shapes(), places.read()))
+        result = self.output / job.method.result_folder
+        export_result(job.method, job.model, self._base.loaded, job.recipe, result)
+        return result
+
+    def _check(self, header: Header, kind: str) -> None:
+        expect(header, kind=kind, site=self.name)
+        ours = (self._base.places.fingerprint(), terms_of(self._job.recipe))
+        if (header.places, header.terms) != ours:
+            raise InputError(
+                given="the coordinator's adapter or its options of the rounds are not those of this site",
+                allowed="the same model, lora options and federated options at both ends",
+                do="give both the same recipe with --config",
+            )
+
+    def _join(self, header: Header) -> None:
+        """At the first offer: take up the optimizer of the last round that was finished in this folder, if there is
+        one. Raises CheckpointError when the folder belongs to another federation."""
+        if self._state.identity:
+            return
+        identity = {**self._job.identity, "federation": header.federation, "rank": header.train_rank}
+        self._state = TrainState(identity=identity)
+        found = find_checkpoint(self.output, "auto", self._observers.event) if self._keeps else None
+        if found is None:
+            return
+        folder, state = found
+        check_identity(folder, state, identity)
+        load_optimizer(self._optimizer, folder)
+        self._path.resume(state.path)
+        self._state = state
+        self._observers.event(f"went on from {folder}")
+
+    def answer(self, offer: bytes) -> bytes:
+        """The update that answers an offer: take its factors, train, send what was trained.
+
+        Raises MessageError for an offer that is damaged or not for this site, and what training raises.
+        """
+        message = open_message(offer)
+        header = message.header
+        self._check(header, "offer")
+        self._join(header)
+        places, rounds = self._base.places, self._job.recipe.federated
+        places.write(factors_of(message, places.shapes(), places.read()))
+        if rounds.aggregation == "fedit":
+            without_components_beyond(places, header.train_rank)
+        before = places.read()
+        loss, train_s = self._train(header)
+        after = places.read()
+        self._check_frozen(before, after, header)
+        if self._keeps:
+            self._keep()
+        update = {"kind": "update", "rank": header.train_rank, "half": header.train}
+        if rounds.clip_norm is None:  # with it nothing of the rows leaves but the factors, which are clipped
+            update |= {"targets": self.targets, "loss": loss, "train_s": train_s}
+        return pack_update(header.model_copy(update=update), before, after)
+
+    def _train(self, header: Header) -> tuple[float, float]:
+        """One round. Returns (mean loss over its target tokens, seconds)."""
+        job, rounds = self._job, self._job.recipe.federated
+        self._path.half, self._path.rank = header.train, header.train_rank
+        first = header.round * rounds.local_steps
+        meter, losses = Meter(job.processes.device), []
+        job.model.train()
+        self._observers.start(first, job.order.steps)
+        for step in range(first, first + rounds.local_steps):
+            events: list[str] = []
+            started, rate = time.perf_counter(), self._rate.at(step)
+            result = train_step(job, self._optimizer, self._path, step, rate, StopRequest(), self._teller(events))
+            self._state.step, self._state.tokens_seen = step + 1, self._state.tokens_seen + result.tokens
+            losses.append((result.loss, result.targets))
+            self._observers.step(_metrics(job, self._state, result, meter, rate, time.perf_counter() - started, events))
+        self._observers.end()
+        targets = sum(count for _, count in losses)
+        return sum(loss * count for loss, count in losses) / targets, meter.elapsed_s()
+
+    def _check_frozen(self, before: Adapter, after: Adapter, header: Header) -> None:
+        """Raise InputError when an optimizer moved what has no gradient: the coordinator takes it to stand still."""
+        rank, half = header.train_rank, header.train
+        for name, now in after.items():
+            first_b, first_a = (0 if half == "a" else rank), (0 if half == "b" else rank)
+            same_b = torch.equal(now.b_OR[:, first_b:], before[name].b_OR[:, first_b:])
+            if not same_b or not torch.equal(now.a_RI[first_a:], before[name].a_RI[first_a:]):
+                raise InputError(
+                    given=f"train.optim={self._job.recipe.train.optim} changed components of {name} that do not train",
+                    allowed="an optimizer that leaves alone what has no gradient",
+                    do="use train.optim=adamw_torch",
+                )
+
+    def _teller(self, events: list[str]) -> Callable[[str], None]:
+        def say(text: str) -> None:
+            events.append(text)
+            self._observers.event(text)
+
+        return say
+
+    def _keep(self) -> None:
+        self._state.path = self._path.state()
+
+        def write_parts(folder: Path) -> None:
+            self._job.method.save(self._job.model, folder)
+            save_optimizer(self._optimizer, folder)
+
+        expected = sum(12 * parameter.numel() for parameter in self._job.trainable)
+        write_checkpoint(self.output, self._state, write_parts, expected)
+        prune_checkpoints(self.output, self._state.step, 1, None)
+
+
+def eval_loss(base: Base) -> float | None:
+    """Mean loss over the recipe's eval rows with the factors that are in the model now; None without such rows."""
+    if not base.job.eval_examples:
+        return None
+    return mean_loss(base.job, base.path, lambda text: None, base.job.eval_examples)
+
+
+def _metrics(
+    job: TrainJob, state: TrainState, result: StepResult, meter: Meter, rate: float, step_s: float, events: list[str]
+) -> StepMetrics:
+    return StepMetrics(
+        step=state.step,
+        epoch=job.order.epoch(state.step),
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=rate,
+        targets=result.targets,
+        tokens=result.tokens,
+        tokens_seen=state.tokens_seen,
+        step_s=step_s,
+        tokens_per_s=result.tokens / step_s,
+        memory_bytes=meter.memory_bytes(),
+        peak_bytes=meter.peak_bytes(),
+        events=events,
+    )

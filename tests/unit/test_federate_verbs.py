@@ -1,0 +1,86 @@
+"""`federate simulate` and `federate keys`; `serve` and `join` run in tests/parity/test_deployment.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from command_line import Outcome, runner
+from small_models import make_model
+from thriftune.federated.records import FederatedRecord
+from thriftune.records import read_record
+from tiny import tiny_rows
+
+ROUNDS = ["lora_r=4", "rounds=2", "local_steps=1", "per_device_train_batch_size=2"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def simulate(monkeypatch, capsys, tmp_path, base):
+    monkeypatch.chdir(tmp_path)
+    tiny_rows(tmp_path / "rows.jsonl", 40)
+    run = runner(monkeypatch, capsys)
+
+    def of(*words: object) -> Outcome:
+        return run(
+            "federate", "simulate", base, "--data", "rows.jsonl", "--method", "lora", *ROUNDS, "-o", "fed", *words
+        )
+
+    return of
+
+
+def test_a_simulation_prints_its_rounds_and_leaves_a_folder_that_opens_like_a_runs(simulate, monkeypatch, capsys):
+    done = simulate("--clients", 3, "--ranks", "2,4", "--json").ok()
+    assert done.json["transport"] == "simulated" and list(done.json["sites"].values()) == [2, 4, 2]
+    assert done.json["recipe"]["federated"]["rounds"] == 2
+    assert "site-1: 14 rows, rank 2" in done.err and "round 2/2: 3 of 3 sites" in done.err
+    assert read_record(Path("fed/record.json"), FederatedRecord).bytes_up == done.json["bytes_up"] > 0
+    evaluate = ["eval", "fed", "--task", "exact:completion", "--data", "rows.jsonl", "--limit", 2, "max_new_tokens=4"]
+    runner(monkeypatch, capsys)(*evaluate).ok()
+
+
+def test_given_again_a_finished_simulation_has_nothing_to_do(simulate):
+    first = simulate("--clients", 2, "--json").ok().json
+    again = simulate("--clients", 2, "--json").ok()
+    assert "round 1/2" not in again.err
+    assert again.json["federation"] == first["federation"] and again.json["rounds"] == first["rounds"]
+    simulate("--clients", 3).refused("fed holds rounds of another recipe or other sites")
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (["--split", "odd"], "--split odd"),
+        (["--split", "dirichlet:0.3"], "column 'label'"),
+        (["--clients", "9"], "40 rows for 9 sites"),
+        (["--ranks", "4,x"], "--ranks 4,x"),
+        (["--ranks", "8"], "a site of rank 8, and lora.r 4"),
+        (["--ranks", "2,4", "aggregation=ffa"], "aggregation ffa"),
+        (["clip_norm=1.0"], "use federated.aggregation rolora or ffa"),
+        (["lora.use_dora=true"], "an adapter that sites cannot share"),
+        (["lora.modules_to_save=lm_head"], "an adapter that sites cannot share"),
+    ],
+)
+def test_what_cannot_be_simulated(simulate, words, given):
+    simulate(*words).refused(given)
+    assert not Path("fed/adapter").exists()
+
+
+def test_keys_are_made_and_named(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("cryptography", reason="cryptography (the extra federated) is not installed")
+    run = runner(monkeypatch, capsys)
+    done = run("federate", "keys", "--sites", "a,b", "--hosts", "hub.example.org", "-o", tmp_path / "certs").ok()
+    assert done.out.count("private: ") == 4
+    run("federate", "keys", "--sites", "a,b", "-o", tmp_path / "certs").refused("holds keys already")
+
+
+def test_ends_without_their_keys_are_refused(monkeypatch, capsys, tmp_path, base):
+    run = runner(monkeypatch, capsys)
+    run("federate", "serve", base, "--certificates", tmp_path).refused("lacks the coordinator's certificate")
+    run("federate", "join", base, "--certificates", tmp_path, "--server", "localhost:1").refused("has no key")
+    run("federate", "serve", base, "--certificates", tmp_path, "--ranks", "a=0").refused("--ranks a=0")
