@@ -86,6 +86,10 @@ class StreamedPath:
         if "most_tokens" in state:
             self.offload = replace(self.offload, most_tokens=int(state["most_tokens"]))
 
+    def parameters_changed(self) -> None:
+        """Only method dynamic changes them, whose recipes stream nothing."""
+        raise NotImplementedError("streamed layers keep the adapters that they were read with")
+
     def measured(self) -> dict[str, float]:
         return {"copy_s": self.spent.copy_s, "waited_s": self.spent.waited_s}
 
