@@ -29,7 +29,8 @@ from thriftune.errors import DoesNotFitError
 
 @dataclass
 class StreamedPath:
-    """`offload` is how it runs now. Stepping down changes it; `spent` are the link's times since they were asked."""
+    """`offload` is how it runs now; stepping down changes it. `spent` are the link's times of the last step whose times
+    were asked for: to ask is to wait for the device, so it is done when the step is over."""
 
     program: Program
     streaming: Streaming
@@ -41,11 +42,12 @@ class StreamedPath:
     longest: int
     name: Literal["engine", "generic"] = "engine"
     spent: LinkTimes = field(default_factory=lambda: LinkTimes(0.0, 0.0, 0))
+    _untold: bool = False  # a step's times have not been asked for yet
 
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
         parts = self._parts(examples)
         loss = by_layer.add_gradients(self.program, self.streaming, self.shelf, parts, 1.0 / targets, self.attention)
-        self.spent = self.streaming.lane.times()
+        self._untold = True
         return loss / targets
 
     def losses(self, examples: Sequence[Example]) -> tuple[float, int]:
@@ -76,6 +78,7 @@ class StreamedPath:
         )
 
     def in_evaluation(self) -> StreamedPath:
+        self.measured()  # or its copies would count as the step's
         return replace(self)
 
     def state(self) -> dict[str, int | bool]:
@@ -91,6 +94,8 @@ class StreamedPath:
         raise NotImplementedError("streamed layers keep the adapters that they were read with")
 
     def measured(self) -> dict[str, float]:
+        if self._untold:
+            self.spent, self._untold = self.streaming.lane.times(), False
         return {"copy_s": self.spent.copy_s, "waited_s": self.spent.waited_s}
 
     @property
