@@ -114,7 +114,7 @@ def spoil(monkeypatch) -> Callable[[Callable[..., None]], None]:
 
 def test_resetting_the_moments_instead_ends_with_a_worse_loss(tmp_path, spoil):
     """A cut that forgets Adam's moments lets every parameter jump by a whole rate, wherever its noise points. The model
-    and the sums inside the package; measured over three seeds and rates: worse by 0.15 to 0.49."""
+    and the sums inside the package; measured over three seeds and rates: worse by 0.22 to 0.49."""
     changes = {
         "train": {"max_steps": 30, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"},
         "dynamic": {"r_start": 32, "round_to": 1, "n_cuts": 4, "first_cut": 0.3, "last_cut": 0.9},

@@ -89,6 +89,10 @@ class StreamedPath:
         if "most_tokens" in state:
             self.offload = replace(self.offload, most_tokens=int(state["most_tokens"]))
 
+    def parameters_changed(self) -> None:
+        """Only method dynamic changes them, whose recipes stream nothing."""
+        raise NotImplementedError("streamed layers keep the adapters that they were read with")
+
     def measured(self) -> dict[str, float]:
         if self._untold:
             self.spent, self._untold = self.streaming.lane.times(), False

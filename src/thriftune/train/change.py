@@ -44,8 +44,8 @@ def change_if_due(
         del change, changed  # they hold the old parameters
         job.parameters_changed()
         path.parameters_changed()
+    after = _sizes(job, optimizer)  # waits for the GPU
     cut_s = time.perf_counter() - started
-    after = _sizes(job, optimizer)
     cut = RankCut(
         step=state.step,
         share=share,
