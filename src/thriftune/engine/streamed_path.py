@@ -24,7 +24,7 @@ from thriftune.engine.program import Program
 from thriftune.engine.residency import Streaming, spread
 from thriftune.engine.room import free_bytes
 from thriftune.engine.shelf import DeviceShelf, HostShelf, Shelf
-from thriftune.errors import DoesNotFitError
+from thriftune.errors import DoesNotFitError, ModelError
 
 
 @dataclass
@@ -122,6 +122,7 @@ def streamed_path(
 ) -> StreamedPath:
     """The path of a run whose program has none of its layers' weights yet. Raises DoesNotFitError when host memory does
     not hold what is to be streamed."""
+    _refuse_other_sizes(program, slabs)
     sizes = program.sizes
     ranked = sum(p.a.numel() for layer in program.layers for s in layer.stacks for p in s.parts if p.a is not None)
     demand = replace(demand, later_bytes=demand.later_bytes + padding_bytes(sizes, ranked))
@@ -134,3 +135,17 @@ def streamed_path(
     hosted = Hosted(slabs, device, say)
     streaming = stream(program, hosted, spread(chosen.resident, chosen.layers), SLOTS)
     return StreamedPath(program, streaming, hosted, shelf, device, attention, chosen, demand.longest)
+
+
+def _refuse_other_sizes(program: Program, slabs: Slabs) -> None:
+    """Raise ModelError where a slab's matrices are not those of the program's layer."""
+    for index, (layer, layout) in enumerate(zip(program.layers, slabs.layouts, strict=True)):
+        linears = [part.linear for stack in layer.stacks for part in stack.parts]
+        for linear, matrix in zip(linears, layout.matrices, strict=True):
+            if (matrix.rows, matrix.columns) != (linear.out_features, linear.in_features):
+                raise ModelError(
+                    given=f"{matrix.name} of layer {index} is {matrix.rows} x {matrix.columns} in the model's files, and "
+                    f"{linear.out_features} x {linear.in_features} by its config.json",
+                    allowed="weights that match config.json",
+                    do="download the model again",
+                )

@@ -64,10 +64,10 @@ class Source:
         layers = []
         for index in range(num_layers):
             names = [f"model.layers.{index}.{linear}.weight" for linear in LINEARS]
-            absent = [name for name in names if name not in places]
+            absent = [name for name in names if name not in places or len(places[name][1]) != 2]
             if absent:
                 raise ModelError(
-                    given=f"{folder} lacks {', '.join(absent[:3])}",
+                    given=f"{folder} lacks {', '.join(absent[:3])}, or has it in another form than a matrix",
                     allowed="a model whose layers have the matrices of a Llama",
                     do="use offload=off",
                 )
