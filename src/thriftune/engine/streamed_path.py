@@ -144,8 +144,8 @@ def _refuse_other_sizes(program: Program, slabs: Slabs) -> None:
         for linear, matrix in zip(linears, layout.matrices, strict=True):
             if (matrix.rows, matrix.columns) != (linear.out_features, linear.in_features):
                 raise ModelError(
-                    given=f"{matrix.name} of layer {index} is {matrix.rows} x {matrix.columns} in the model's files, and "
-                    f"{linear.out_features} x {linear.in_features} by its config.json",
+                    given=f"{matrix.name} of layer {index} is {matrix.rows} x {matrix.columns} in the model's files, "
+                    f"and {linear.out_features} x {linear.in_features} by its config.json",
                     allowed="weights that match config.json",
                     do="download the model again",
                 )
