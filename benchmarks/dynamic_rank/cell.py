@@ -10,6 +10,7 @@ for every arm, while the loss on the whole worked answers is what such a model c
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -187,6 +188,7 @@ def main() -> None:
     spec = Spec(**json.loads(sys.argv[1]))
     settings = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     output = Path(settings["output"]) / spec.name
+    shutil.rmtree(output, ignore_errors=True)  # of a process that was stopped
     prepared = prepare_run(recipe_of(spec, settings, output))
     records: list[dict[str, Any]] = []
     if spec.arm == "adalora":

@@ -57,6 +57,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plan_points"))
 from points import Collector, examples_of
 
 STEPS = 5  # the first two warm up
+BUILDING_S = 30.0  # about, of a large model's slabs
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ def job_of(model: RandomModel, case: Case, lengths: Path | None) -> TrainJob:
     )
 
 
-def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention, states: int) -> StepPath:
+def path_of(model: RandomModel, job: TrainJob, case: Case, attention: Attention) -> StepPath:
     """The streamed path, as `streamed_path` builds it, with slabs that are there; or the engine with all of them."""
     device, program, layers = model.loaded.device, model.program, len(model.program.layers)
     step_tokens, longest = largest_step(job.order, job.lengths, 1), max(job.lengths)
-    later = later_bytes(case.optim, trainable_parameters(model.model)) - (states if case.cap_gib else 0)
+    later = later_bytes(case.optim, trainable_parameters(model.model))
     if case.resident:
         model.streaming(range(layers), SLOTS, lane_to(device))
         room = Room(program, device, step_tokens, longest, later)
@@ -195,7 +196,7 @@ def measure(model: RandomModel, case: Case, card: Card, attention: Attention, le
     thread, collector = card.watch(), Collector(stop_when_out_of_memory=False)
     row: dict[str, Any] = {"stage": "steps", "model": case.model, "batch": case.batch, "cap_gib": case.cap_gib,
                            "resident_engine": case.resident, "optim": case.optim, "fp8": case.fp8}  # fmt: skip
-    path = path_of(model, job, case, attention, states)
+    path = path_of(model, job, case, attention)
     offload = path.offload if isinstance(path, StreamedPath) else None
     job = replace(job, path=path)
     with job.product_types():
@@ -244,6 +245,9 @@ def run_stage(name: str, card: Card, lengths: Path | None, keep: Any, ends: floa
     """All cases of one model. Its slabs stay in host memory from the first to the last."""
     device, process = card.device, psutil.Process()
     started, cases = time.perf_counter(), CASES[name]
+    if started + BUILDING_S + cases[0].seconds > ends:
+        print(f"{name}: left out, no time", flush=True)
+        return []
     before = process.memory_info().rss
     model = make_model(cases[0].model, device, 4096)
     shell_s, shell = time.perf_counter() - started, process.memory_info().rss

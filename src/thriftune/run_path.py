@@ -15,9 +15,10 @@ from thriftune.engine.choose import engine_path, refuse_fp8, streaming_path, why
 from thriftune.engine.offload import Demand
 from thriftune.engine.sizes import later_bytes
 from thriftune.engine.streamed_path import StreamedPath
-from thriftune.engine.takes import why_not_adapter, why_not_method
+from thriftune.engine.takes import why_not_adapter, why_not_method, why_not_model
 from thriftune.errors import InputError, ModelError
 from thriftune.methods import trainable_parameters
+from thriftune.model_files import read_config
 from thriftune.models import LoadedModel, load_model
 from thriftune.models.load import ModelDescription
 from thriftune.models.shell import load_shell
@@ -26,6 +27,7 @@ from thriftune.recipe import Recipe
 from thriftune.records import OffloadRecord, StepMetrics
 from thriftune.train import TrainJob
 from thriftune.train.observe import read_metrics
+from thriftune.train.recover import fits_or_ends
 from thriftune.units import format_bytes
 
 OUTSIDE_BYTES = 600 * 1024**2  # the driver's context and libraries, as the planner counts them for the newest GPUs
@@ -65,7 +67,12 @@ def load_base(
             allowed="one process; several would each stream the whole model over the same memory",
             do="run it on one GPU, or with offload=off on GPUs that hold the model",
         )
-    reason = why_not_method(recipe, recipe.method) or why_not_adapter(recipe.lora, biases=False)
+    config = read_config(description.folder)
+    reason = (
+        why_not_method(recipe, recipe.method)
+        or why_not_model(config["model_type"], config.get("hidden_act", "silu"), "default")
+        or why_not_adapter(recipe.lora, biases=False)
+    )
     if reason is not None:  # what only the loaded model can tell is asked by `with_path`
         raise _not_taken(reason)
     store = Store.of(description.folder, description.num_layers, recipe.quant, dtype, device)
@@ -115,10 +122,7 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
         return job, f"autograd through transformers' model: {reason}"
     lengths = [*job.lengths, *map(len, job.eval_examples)]
     step_tokens = largest_step(job.order, job.lengths, job.processes.world)
-    trained = trainable_parameters(job.model)
-    later = later_bytes(recipe.train.optim, trained)
-    if recipe.max_memory is not None:  # `hold_memory` has left room for them beside the allocator
-        later -= paged_bytes(recipe, trained)
+    later = later_bytes(recipe.train.optim, trainable_parameters(job.model))
     fp8 = recipe.precision == "fp8"
     how = "; frozen products in fp8" if fp8 else ""
     if store is None:
@@ -128,7 +132,8 @@ def with_path(job: TrainJob, store: Store | None, say: Say) -> tuple[TrainJob, s
         largest = max(layout.bytes for layout in store.layouts)
         varied = len(set(job.lengths)) > 1
         demand = Demand(step_tokens, max(lengths), varied, later, largest, recipe.resident_layers)
-        path = streaming_path(job.model, store, device, demand, fp8, say)
+        with fits_or_ends("the layers that are to stay on the GPU"):
+            path = streaming_path(job.model, store, device, demand, fp8, say)
         how += f"; {path.offload.words}"
     return (
         replace(job, path=path),

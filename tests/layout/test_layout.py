@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"recipe", "records", "data", "shapes", "catalog", "plan", "planning", "models", "methods", "train"},
         *{"machine", "engine"},
     },
-    "run_path": {"recipe", "records", "data", "models", "methods", "engine", "train"},
+    "run_path": {"recipe", "records", "model_files", "data", "models", "methods", "engine", "train"},
     "run": {
         *{"recipe", "records", "hub", "data", "models", "methods", "train", "infer", "evaluate", "pocket", "machine"},
         *{"planning", "plan", "shapes", "catalog", "engine", "model_files", "run_path"},

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from thriftune.engine.choose import engine_path
-from thriftune.errors import RecipeError
+from thriftune.errors import NonFiniteLossError, RecipeError
 from thriftune.methods import METHODS
 from thriftune.methods.dynamic_rank import DynamicRankMethod
 from thriftune.models import load_model
@@ -114,7 +114,7 @@ def spoil(monkeypatch) -> Callable[[Callable[..., None]], None]:
 
 def test_resetting_the_moments_instead_ends_with_a_worse_loss(tmp_path, spoil):
     """A cut that forgets Adam's moments lets every parameter jump by a whole rate, wherever its noise points. The model
-    and the sums inside the package; measured over three seeds and rates: worse by 0.15 to 0.49."""
+    and the sums inside the package; measured over three seeds and rates: worse by 0.22 to 0.49."""
     changes = {
         "train": {"max_steps": 30, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"},
         "dynamic": {"r_start": 32, "round_to": 1, "n_cuts": 4, "first_cut": 0.3, "last_cut": 0.9},
@@ -160,6 +160,12 @@ def test_the_optimizer_trains_what_is_live(model, rows, tmp_path, spoil, monkeyp
     assert moved(tmp_path / "live") == {True}
     spoil(lambda replace, optimizer, replacements: None)
     assert moved(tmp_path / "stale") == {False}
+
+
+def test_weights_that_are_not_finite_end_the_run_before_they_are_cut(model, rows, tmp_path):
+    train = {"weight_decay": 1e38, "learning_rate": 10.0}
+    with pytest.raises(NonFiniteLossError, match="the update of step 1 made weights that are NaN or infinite"):
+        run(model, rows, tmp_path / "run", train=train, dynamic={"first_cut": 0.1})
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------
@@ -377,11 +383,3 @@ def test_what_this_model_cannot_have_is_refused(model, rows, tmp_path, changes, 
     with pytest.raises(RecipeError, match=re.escape(says)):
         run(model, rows, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
-
-
-def test_several_processes_are_refused(model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    recipe = tiny_recipe(model, rows, tmp_path / "run", method="dynamic")
-    with pytest.raises(RecipeError, match="method dynamic runs in one process"):
-        attach(recipe)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +194,20 @@ def test_what_the_engine_does_not_take_cannot_be_streamed(model, rows, tmp_path)
     with pytest.raises(ModelError, match="layers are to be streamed, and the engine does not take this run: dropout"):
         train_tiny(recipe)
     assert not (tmp_path / "run").exists()
+    gemma = tiny_model(tmp_path / "gemma", **LAYERS)
+    config = json.loads((gemma / "config.json").read_text())
+    (gemma / "config.json").write_text(json.dumps(config | {"model_type": "gemma", "head_dim": 16}))
+    with pytest.raises(ModelError, match="it knows llama, mistral, qwen2, qwen3, and this model is of type gemma"):
+        train_tiny(recipe_of(gemma, rows, tmp_path / "run"))
+    assert not cache_folder().exists(), "nothing is quantised that cannot be trained"
+
+
+def test_weights_of_other_sizes_than_the_configs_are_refused(model, rows, tmp_path) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    with pytest.raises(ModelError, match="gate_proj of layer 0 is 128 x 64 in the model's files, and 192 x 64 by its"):
+        train_tiny(recipe_of(other, rows, tmp_path / "run"))
 
 
 def test_a_memory_cap_on_a_cpu_is_refused(model, rows, tmp_path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from thriftune.federated.aggregate import (
+    NEGLIGIBLE,
     Factors,
     Update,
     aggregate,
@@ -69,11 +70,11 @@ def test_svd_is_the_best_approximation_of_the_global_rank(shape: tuple[int, int]
     values = torch.linalg.svdvals(wanted)
     kept = min(max(ranks), len(values))
     error = (dense(found.adapter["m"]) - wanted).norm()
-    assert error <= values[kept:].norm() + 1e-9 * wanted.norm()
+    assert error <= (values[kept:].square().sum() + NEGLIGIBLE * wanted.square().sum()).sqrt() + 1e-9 * wanted.norm()
     assert found.adapter["m"].b_OR.shape == current.b_OR.shape
     assert found.adapter["m"].a_RI.shape == current.a_RI.shape
     share = float(values[:kept].square().sum() / values.square().sum())
-    assert found.energy_kept == pytest.approx(share, abs=1e-9) or len(parts) == 1
+    assert share - NEGLIGIBLE - 1e-9 <= found.energy_kept <= share + 1e-9 or len(parts) == 1
 
 
 @pytest.mark.parametrize(("out", "into"), [(24, 40), (40, 24)])
@@ -84,7 +85,8 @@ def test_leading_blocks_hold_the_most_energy(out: int, into: int) -> None:
     found, _, _ = truncated(full, 8, torch.randn(8, into, dtype=torch.float64), [2, 5, 8])
     values = torch.linalg.svdvals(dense(stack))
     for rank in (2, 5, 8):
-        assert (dense(found.top(rank)) - dense(stack)).norm() == pytest.approx(float(values[rank:].norm()), rel=1e-9)
+        most = (values[rank:].square().sum() + NEGLIGIBLE * values.square().sum()).sqrt()
+        assert values[rank:].norm() * (1 - 1e-9) <= (dense(found.top(rank)) - dense(stack)).norm() <= most
 
 
 def test_new_rows_of_a_stay_near_the_sites_rows_and_can_all_train() -> None:

@@ -186,7 +186,7 @@ def test_a_dry_run_writes_nothing_and_loads_no_weights(train, here, monkeypatch,
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
-    monkeypatch.setattr("thriftune.run.load_model", loaded)
+    monkeypatch.setattr("thriftune.run_path.load_model", loaded)
     before = names(here)
     done = train("--dry-run", *words).ok()
     assert names(here) == before
@@ -277,7 +277,7 @@ def test_an_error_of_ours_is_not_swallowed(train, monkeypatch):
     def broken(*arguments, **named):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("thriftune.run.load_model", broken)
+    monkeypatch.setattr("thriftune.run_path.load_model", broken)
     with pytest.raises(AssertionError, match="a bug"):
         train("-o", "out")
 

@@ -43,6 +43,18 @@ def test_the_base_comes_first_and_then_whole_seeds():
     assert {cell.recipe("out").seed for cell in made.cells[1:4]} == {42}
 
 
+def test_a_falling_rank_has_its_own_start_and_its_own_sweep():
+    """lora_r is for lora; the other options of the adapter are for both."""
+    made = grid("lora_r=8", "lora_alpha=4", "dynamic:keep=0.25,0.5", methods="lora,dynamic", seeds="1")
+    found = {cell.variant: cell.recipe("out") for cell in made.cells}
+    assert list(found) == ["lora", "dynamic dynamic.keep=0.25", "dynamic dynamic.keep=0.5"]
+    assert {recipe.lora.alpha for recipe in found.values()} == {4.0}
+    assert found["lora"].lora.r == 8 and found["dynamic dynamic.keep=0.25"].dynamic.keep == 0.25
+    assert list(grid("lora_r=4,8", methods="lora,dynamic", seeds="1").cells[0].overrides) == ["lora.r"]
+    with pytest.raises(InputError, match="lora_r=8: has no effect with dynamic"):
+        grid("dynamic:lora_r=8", methods="lora,dynamic")
+
+
 def test_seeds_are_a_count_from_the_recipes_or_a_list(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 7\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def pinned_block(size: int, device: torch.device, what: str) -> PinnedBlock:
     except OSError as error:
         raise _refused(size, what, error.strerror or str(error)) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without huge pages takes small ones, which are pinned a little more slowly
+            pages.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(pages, dtype=torch.uint8)[:size]
     if device.type == "cuda":
         code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)

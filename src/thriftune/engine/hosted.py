@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ from thriftune.engine.residency import Streaming, new_slots, spread
 from thriftune.kernels.slab import SlabLayout, Tables
 
 READERS = 8  # threads that read and check slabs, at most
+THROUGH = 4  # blocks that resident layers are read through
 STAGED = 3  # blocks that layers from the disk are read into: one is copied, one is ready, one is read
 
 Say = Callable[[str], None]
@@ -105,17 +107,30 @@ class Hosted:
         return {index: self.blocks[index].bytes for index in indices}
 
     def put_on_device(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        """The slabs of these layers on the device, through one block of host memory."""
+        """The slabs of these layers on the device, through a few blocks of host memory."""
         if not indices:
             return {}
-        layouts = self.slabs.layouts
-        block = pinned_block(max(layouts[index].bytes for index in indices), self.device, "one layer's 4-bit weights")
-        found = {}
-        for index in indices:
-            staged = block.bytes[: layouts[index].bytes]
-            self.slabs.read(index, staged, self.say)
-            found[index] = torch.empty(staged.shape, dtype=torch.uint8, device=self.device).copy_(staged)
-        block.release()
+        layouts, what = self.slabs.layouts, "blocks to read layers through"
+        largest, count = max(layouts[index].bytes for index in indices), min(THROUGH, len(indices))
+        check_host_memory(count * largest, what)
+        blocks = [pinned_block(largest, self.device, what) for _ in range(count)]
+        free: SimpleQueue[PinnedBlock] = SimpleQueue()
+        for block in blocks:
+            free.put(block)
+
+        def put(index: int) -> Tensor:
+            block = free.get()
+            try:
+                staged = block.bytes[: layouts[index].bytes]
+                self.slabs.read(index, staged, self.say)
+                return torch.empty(staged.shape, dtype=torch.uint8, device=self.device).copy_(staged)
+            finally:
+                free.put(block)
+
+        with ThreadPoolExecutor(count) as readers:
+            found = dict(zip(indices, readers.map(put, indices), strict=True))
+        for block in blocks:
+            block.release()
         return found
 
     @property

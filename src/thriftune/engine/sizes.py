@@ -16,15 +16,16 @@ STATISTICS_BYTES = 4  # a float32 for each norm, and for each head's softmax
 CHUNK_BYTES = 512 * 1024**2
 FEWEST_ROWS = 128
 # Left for what is not counted: the attention kernel's workspace, fragments, cuBLAS.
-SPARE_SHARE = 0.06
-SPARE_BYTES = 256 * 1024**2
+SPARE_SHARE = 0.04
+SPARE_BYTES = 96 * 1024**2
 # A stack's rank is padded to this: a GPU's products like rows of whole 128 bytes, a CPU's mind padding more. Products
 # in 8-bit floats have the adapters' columns apart, and want whole 16 bytes.
 RANK_MULTIPLE = {"cuda": 64, "cpu": 16}
 FP8_MULTIPLE = 16
 FP8_PLACES = 3  # of each of an adapter's numbers beside an 8-bit weight
-# Bytes a trained parameter that a step's gradient and the optimizer's states take: float32 ones, and 8-bit states.
-LATER_BYTES = {"adamw_torch": 12, "paged_adamw_32bit": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6}
+# Bytes a trained parameter that a step's gradient and the optimizer's states take in PyTorch's allocator: gradients are
+# float32; paged states lie elsewhere.
+LATER_BYTES = {"adamw_torch": 12, "paged_adamw_32bit": 5, "adamw_8bit": 7, "paged_adamw_8bit": 5}
 
 
 class Keep(IntEnum):
@@ -187,6 +188,12 @@ def rank_multiple(device: str, fp8: bool) -> int:
 
 def padded(rank: int, multiple: int) -> int:
     return -(-rank // multiple) * multiple
+
+
+def gradient_rows(ranks: int) -> int:
+    """Rows of the one product that has the gradients of a stack's A factors; `ranks` is the sum of theirs. Not the
+    padded rank: of adapters whose rank was cut more than half of that may be padding."""
+    return padded(ranks, 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,13 @@ from thriftune.engine.program import Program
 from thriftune.engine.residency import Streaming, spread
 from thriftune.engine.room import free_bytes
 from thriftune.engine.shelf import DeviceShelf, HostShelf, Shelf
-from thriftune.errors import DoesNotFitError
+from thriftune.errors import DoesNotFitError, ModelError
 
 
 @dataclass
 class StreamedPath:
-    """`offload` is how it runs now. Stepping down changes it; `spent` are the link's times since they were asked."""
+    """`offload` is how it runs now; stepping down changes it. `spent` are the link's times of the last step whose times
+    were asked for: to ask is to wait for the device, so it is done when the step is over."""
 
     program: Program
     streaming: Streaming
@@ -41,11 +42,12 @@ class StreamedPath:
     longest: int
     name: Literal["engine", "generic"] = "engine"
     spent: LinkTimes = field(default_factory=lambda: LinkTimes(0.0, 0.0, 0))
+    _untold: bool = False  # a step's times have not been asked for yet
 
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
         parts = self._parts(examples)
         loss = by_layer.add_gradients(self.program, self.streaming, self.shelf, parts, 1.0 / targets, self.attention)
-        self.spent = self.streaming.lane.times()
+        self._untold = True
         return loss / targets
 
     def losses(self, examples: Sequence[Example]) -> tuple[float, int]:
@@ -76,6 +78,7 @@ class StreamedPath:
         )
 
     def in_evaluation(self) -> StreamedPath:
+        self.measured()  # or its copies would count as the step's
         return replace(self)
 
     def state(self) -> dict[str, int | bool]:
@@ -86,7 +89,13 @@ class StreamedPath:
         if "most_tokens" in state:
             self.offload = replace(self.offload, most_tokens=int(state["most_tokens"]))
 
+    def parameters_changed(self) -> None:
+        """Only method dynamic changes them, whose recipes stream nothing."""
+        raise NotImplementedError("streamed layers keep the adapters that they were read with")
+
     def measured(self) -> dict[str, float]:
+        if self._untold:
+            self.spent, self._untold = self.streaming.lane.times(), False
         return {"copy_s": self.spent.copy_s, "waited_s": self.spent.waited_s}
 
     @property
@@ -113,6 +122,7 @@ def streamed_path(
 ) -> StreamedPath:
     """The path of a run whose program has none of its layers' weights yet. Raises DoesNotFitError when host memory does
     not hold what is to be streamed."""
+    _refuse_other_sizes(program, slabs)
     sizes = program.sizes
     ranked = sum(p.a.numel() for layer in program.layers for s in layer.stacks for p in s.parts if p.a is not None)
     demand = replace(demand, later_bytes=demand.later_bytes + padding_bytes(sizes, ranked))
@@ -125,3 +135,17 @@ def streamed_path(
     hosted = Hosted(slabs, device, say)
     streaming = stream(program, hosted, spread(chosen.resident, chosen.layers), SLOTS)
     return StreamedPath(program, streaming, hosted, shelf, device, attention, chosen, demand.longest)
+
+
+def _refuse_other_sizes(program: Program, slabs: Slabs) -> None:
+    """Raise ModelError where a slab's matrices are not those of the program's layer."""
+    for index, (layer, layout) in enumerate(zip(program.layers, slabs.layouts, strict=True)):
+        linears = [part.linear for stack in layer.stacks for part in stack.parts]
+        for linear, matrix in zip(linears, layout.matrices, strict=True):
+            if (matrix.rows, matrix.columns) != (linear.out_features, linear.in_features):
+                raise ModelError(
+                    given=f"{matrix.name} of layer {index} is {matrix.rows} x {matrix.columns} in the model's files, "
+                    f"and {linear.out_features} x {linear.in_features} by its config.json",
+                    allowed="weights that match config.json",
+                    do="download the model again",
+                )

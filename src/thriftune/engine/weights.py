@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from thriftune.engine.fp8 import Fp8, Fp8Values
 from thriftune.engine.part import Part
-from thriftune.engine.sizes import StackSizes, padded
+from thriftune.engine.sizes import StackSizes, gradient_rows, padded
 from thriftune.kernels.copies import Copies, Copy
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 from thriftune.kernels.fp8 import Sides
@@ -226,7 +226,8 @@ class Stack:
         if not self.rank:
             return
         assert x_TI is not None and side_TR is not None
-        da_RI = product_in_full(dy.side_TR.T, x_TI)
+        rows = gradient_rows(max(part.ranks.stop for part in self.parts))
+        da_RI = product_in_full(dy.side_TR[:, :rows].T, x_TI)
         for part in self.parts:
             if part.a is None or part.b is None:
                 continue

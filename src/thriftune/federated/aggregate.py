@@ -30,7 +30,7 @@ from thriftune.lowrank import lowrank_svd
 
 Half = Literal["both", "b", "a"]
 MIXED_RANKS = ("svd", "fedit")  # the others are exact at equal ranks only
-NOTHING = 1e-10  # values below this share of the largest are rounding
+NEGLIGIBLE = 1e-4  # share of the mean's energy, in its weakest components, that is given up for room to train
 LINEAR = ("rolora", "ffa")  # what is sent enters the result linearly, so that clipping and noise mean something
 
 
@@ -112,8 +112,8 @@ def stacked_mean(current: Factors, parts: Sequence[Factors], weights: Sequence[f
 
 
 def truncated(stack: Factors, rank: int, near_RI: Tensor, ends: Sequence[int]) -> tuple[Factors, float, float]:
-    """(the best approximation of rank `rank`, its squared norm, the stack's). Components fall in energy from one block
-    to the next; blocks end at `ends`, the ranks that sites have.
+    """(the best approximation of rank `rank`, less its NEGLIGIBLE part; its squared norm; the stack's). Components fall
+    in energy from one block to the next; blocks end at `ends`, the ranks that sites have.
 
     All rows of the new A have the norm that the rows of `near_RI` have on the average, so that each component is as
     easy to train as at the start, and within a block they are turned towards `near_RI`: the sites' optimizers go on in
@@ -122,7 +122,7 @@ def truncated(stack: Factors, rank: int, near_RI: Tensor, ends: Sequence[int]) -
     found = lowrank_svd(stack.b_OR, stack.a_RI)
     energy_K = found.values_R.square()
     kept = min(rank, len(energy_K))
-    live = min(kept, int((found.values_R > NOTHING * found.values_R[0]).sum()))
+    live = min(kept, 1 + int((energy_K.cumsum(0) < (1.0 - NEGLIGIBLE) * energy_K.sum()).sum()))
     row_norm = float(near_RI.square().sum(1).mean().sqrt()) or 1.0
     right_KI = torch.cat([found.right_RI[:live], _unused_directions(near_RI, found.right_RI[:live], kept - live)])
     right_KI *= row_norm
@@ -135,7 +135,7 @@ def truncated(stack: Factors, rank: int, near_RI: Tensor, ends: Sequence[int]) -
         left_OK[:, first:end] = left_OK[:, first:end] @ turn.T
     b_OR, a_RI = left_OK.new_zeros(left_OK.shape[0], rank), near_RI.clone()
     b_OR[:, :kept], a_RI[:kept] = left_OK, right_KI
-    return Factors(b_OR, a_RI), float(energy_K[:kept].sum()), float(energy_K.sum())
+    return Factors(b_OR, a_RI), float(energy_K[:live].sum()), float(energy_K.sum())
 
 
 def change_norm(current: Adapter, update: Update, scale: float) -> float:

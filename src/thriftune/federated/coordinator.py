@@ -19,8 +19,17 @@ from typing import Literal
 
 from thriftune.errors import InputError, ThriftuneError
 from thriftune.federated.adapter import find_places, start_of
-from thriftune.federated.aggregate import MIXED_RANKS, Refused, Update, aggregate, refuse_unusable, trained_half
-from thriftune.federated.message import Header, MessageError, expect, factors_of, open_message, pack, rounded
+from thriftune.federated.aggregate import (
+    MIXED_RANKS,
+    Adapter,
+    Factors,
+    Refused,
+    Update,
+    aggregate,
+    refuse_unusable,
+    trained_half,
+)
+from thriftune.federated.message import Header, MessageError, expect, open_message, pack, update_of
 from thriftune.federated.privacy import private_mean
 from thriftune.federated.records import CoordinatorState, FederatedRound, SiteRound
 from thriftune.federated.site import check_recipe, terms_of
@@ -46,7 +55,7 @@ class Coordinator:
         self._places = find_places(self._model)
         self._shapes = self._places.shapes()
         self.state = self._take_up()
-        self.current = rounded(self._places.read(), recipe.federated.send_dtype)
+        self.current: Adapter = self._places.read()
         self._tickets: dict[str, str] = {}
         self._updates: dict[str, Update] = {}
         self._sent: dict[str, SiteRound] = {}
@@ -95,7 +104,7 @@ class Coordinator:
             rank=self._places.rank,
             train=trained_half(rounds.aggregation, self.round),
             train_rank=self.sites[site],
-            dtype=rounds.send_dtype,
+            dtype=rounds.send_dtype if kind == "offer" else "float32",
             places=self._places.fingerprint(),
             terms=terms_of(self.recipe),
         )
@@ -125,7 +134,7 @@ class Coordinator:
         weight = 1.0 if self.recipe.federated.clip_norm else float(header.targets or 0)
         if weight <= 0:
             raise MessageError(given=f"site {site} names no target tokens", allowed="1 or more", do="it is not used")
-        self._updates[site] = Update(site, weight, factors_of(message, self._shapes, self.current))
+        self._updates[site] = Update(site, weight, update_of(message, self._shapes, self.current))
         own = {"targets": header.targets, "loss": header.loss, "train_s": header.train_s}
         update = {"bytes_up": len(data), "bytes_of_factors": len(message.body), **own}
         self._sent[site] = self._sent[site].model_copy(update=update)
@@ -151,7 +160,7 @@ class Coordinator:
         else:
             merged = aggregate(rounds.aggregation, self.current, taken)
             adapter, kept = merged.adapter, merged.energy_kept
-        self.current = rounded(adapter, rounds.send_dtype)
+        self.current = {name: Factors(part.b_OR.float(), part.a_RI.float()) for name, part in adapter.items()}
         reasons = {entry.site: entry.reason for entry in refused}
         change_of = dict(zip([update.site for update in taken], changes, strict=True))
         record = FederatedRound(

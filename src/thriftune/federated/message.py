@@ -6,6 +6,10 @@ The factors are raw numbers in the order of the adapter's modules, B before A: b
 travel. An update carries the ticket of the offer that it answers. A ticket is good once, in its round, for its site: an
 update that is sent again, or comes from another round or federation, is refused, and so is one whose length or hash is
 not what its header says.
+
+In bfloat16 an update holds what the site changed, and the coordinator, which keeps float32, adds that to its own
+factors: rounding a small change costs a part of it, rounding the factors would cost all of it. In float32 it holds the
+factors.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ class Header(BaseModel):
     train: Half
     train_rank: int
     dtype: Literal["bfloat16", "float32"]
+    differences: bool = False
     places: str
     terms: str
     sha256: str = ""
@@ -76,7 +81,7 @@ def pack(header: Header, adapter: Adapter) -> bytes:
         for part in _sent(factors.top(header.rank), header.half)
     )
     whole = header.model_copy(update={"sha256": hashlib.sha256(body).hexdigest()})
-    return whole.model_dump_json(exclude_none=True).encode() + b"\n" + body
+    return whole.model_dump_json(exclude_defaults=True).encode() + b"\n" + body
 
 
 def open_message(data: bytes) -> Message:
@@ -127,18 +132,28 @@ def expect(header: Header, **wanted: object) -> None:
             raise _refuse(f"the message of site {header.site}: {field} {getattr(header, field)!r}, not {value!r}")
 
 
-def rounded(adapter: Adapter, dtype: str) -> dict[str, Factors]:
-    """What arrives at the other end: the values in the type they are sent in, as float32."""
-    kind = TYPES[dtype]
-    return {
-        name: Factors(factors.b_OR.to(kind).float(), factors.a_RI.to(kind).float()) for name, factors in adapter.items()
-    }
+def update_of(message: Message, shapes: Shapes, current: Adapter) -> dict[str, Factors]:
+    """The factors that an update stands for at the coordinator, whose adapter is `current`, in float32."""
+    now = {name: factors.top(message.header.rank) for name, factors in current.items()}
+    if not message.header.differences:
+        return factors_of(message, shapes, now)
+    still = {name: Factors(torch.zeros_like(part.b_OR), torch.zeros_like(part.a_RI)) for name, part in now.items()}
+    by = factors_of(message, shapes, still)
+    return {name: Factors(now[name].b_OR + part.b_OR, now[name].a_RI + part.a_RI) for name, part in by.items()}
+
+
+def pack_update(header: Header, before: Adapter, after: Adapter) -> bytes:
+    """The message of a site that was offered `before` and has `after`: the differences, where they are rounded."""
+    if header.dtype == "float32":
+        return pack(header, after)
+    by = {name: Factors(now.b_OR - before[name].b_OR, now.a_RI - before[name].a_RI) for name, now in after.items()}
+    return pack(header.model_copy(update={"differences": True}), by)
 
 
 def describe_sent(data: bytes) -> str:
     """Everything that a message holds, as one line of JSON for a site's log of what left it."""
     message = open_message(data)
-    header = message.header.model_dump(exclude_none=True)
+    header = message.header.model_dump(exclude_defaults=True)
     return json.dumps({"bytes": len(data), "bytes_of_factors": len(message.body), **header})
 
 

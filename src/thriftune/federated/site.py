@@ -20,7 +20,7 @@ from thriftune.data import Example
 from thriftune.errors import InputError, RecipeError
 from thriftune.federated.adapter import Places, find_places
 from thriftune.federated.aggregate import Adapter
-from thriftune.federated.message import Header, expect, factors_of, open_message, pack
+from thriftune.federated.message import Header, expect, factors_of, open_message, pack_update
 from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS
 from thriftune.models import LoadedModel, load_model
@@ -170,13 +170,14 @@ class Site:
             without_components_beyond(places, header.train_rank)
         before = places.read()
         loss, train_s = self._train(header)
-        self._check_frozen(before, header)
+        after = places.read()
+        self._check_frozen(before, after, header)
         if self._keeps:
             self._keep()
         update = {"kind": "update", "rank": header.train_rank, "half": header.train}
         if rounds.clip_norm is None:  # with it nothing of the rows leaves but the factors, which are clipped
             update |= {"targets": self.targets, "loss": loss, "train_s": train_s}
-        return pack(header.model_copy(update=update), places.read())
+        return pack_update(header.model_copy(update=update), before, after)
 
     def _train(self, header: Header) -> tuple[float, float]:
         """One round. Returns (mean loss over its target tokens, seconds)."""
@@ -197,10 +198,10 @@ class Site:
         targets = sum(count for _, count in losses)
         return sum(loss * count for loss, count in losses) / targets, meter.elapsed_s()
 
-    def _check_frozen(self, before: Adapter, header: Header) -> None:
+    def _check_frozen(self, before: Adapter, after: Adapter, header: Header) -> None:
         """Raise InputError when an optimizer moved what has no gradient: the coordinator takes it to stand still."""
         rank, half = header.train_rank, header.train
-        for name, now in self._base.places.read().items():
+        for name, now in after.items():
             first_b, first_a = (0 if half == "a" else rank), (0 if half == "b" else rank)
             same_b = torch.equal(now.b_OR[:, first_b:], before[name].b_OR[:, first_b:])
             if not same_b or not torch.equal(now.a_RI[first_a:], before[name].a_RI[first_a:]):

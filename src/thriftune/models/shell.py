@@ -62,8 +62,15 @@ def empty_shell(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    try:
+        with init_empty_weights(include_buffers=False):
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            given=f"no causal language model can be built from this config: {str(error).strip().splitlines()[0][:300]}",
+            allowed="architectures and attn_implementation of the installed transformers",
+            do="check model_type in config.json, or use attn_implementation=sdpa",
+        ) from None
     head = network.get_output_embeddings()
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:

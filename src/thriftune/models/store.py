@@ -4,8 +4,9 @@ Each file is the layer's slab (`kernels.slab` says how it is laid out) and behin
 written aside and renamed, so a file that is there is whole; whoever is killed goes on with the first layer that is
 missing. What is read is checked, and a layer that was damaged is made again. The bytes are bitsandbytes' own.
 
-The folder's name is a hash of the model's files, of the way of quantising and of the kind of device that did it (a GPU
-and a CPU do not round alike): of another model, or a changed one, nothing is ever read.
+The folder's name is a hash of the model's files, of the way of quantising, of what bitsandbytes means by the bytes, and
+of the kind of device that quantised (a GPU and a CPU do not round alike): of another model, or a changed one, nothing
+is ever read.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ class Source:
         layers = []
         for index in range(num_layers):
             names = [f"model.layers.{index}.{linear}.weight" for linear in LINEARS]
-            absent = [name for name in names if name not in places]
+            absent = [name for name in names if name not in places or len(places[name][1]) != 2]
             if absent:
                 raise ModelError(
-                    given=f"{folder} lacks {', '.join(absent[:3])}",
+                    given=f"{folder} lacks {', '.join(absent[:3])}, or has it in another form than a matrix",
                     allowed="a model whose layers have the matrices of a Llama",
                     do="use offload=off",
                 )
@@ -84,6 +85,7 @@ class Store:
     quant: QuantRecipe
     dtype: torch.dtype
     device: torch.device
+    known: Tables
 
     @classmethod
     def of(
@@ -96,9 +98,13 @@ class Store:
             SlabLayout(tuple(Matrix(_leaf(m.name), m.rows, m.columns) for _, _, m in matrices), BLOCK, nested)
             for matrices in source.layers
         ]
-        key = json.dumps([VERSION, source.fingerprint, quant.model_dump(), str(dtype), device.type], sort_keys=True)
+        sample = _quantise(torch.ones(1, BLOCK), quant, device)  # for the meaning of the bytes
+        known = Tables(sample.values, sample.scale_values)
+        meaning = [None if table is None else table.tolist() for table in (known.values, known.scale_values)]
+        parts = [VERSION, source.fingerprint, quant.model_dump(), str(dtype), device.type, meaning]
+        key = json.dumps(parts, sort_keys=True)
         name = f"{model_folder.name[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-        return cls(cache_folder() / name, source, layouts, quant, dtype, device)
+        return cls(cache_folder() / name, source, layouts, quant, dtype, device, known)
 
     @property
     def bytes(self) -> int:
@@ -115,13 +121,13 @@ class Store:
     def make(self, say: Say) -> None:
         """Quantise what is missing, one matrix at a time. Raises DiskFullError, OutputError and ModelError."""
         missing = self.missing()
-        if not missing and (self.folder / "tables.json").exists():
+        if not missing:
             return
         _sweep(self.folder)
         self._refuse_full_disk(sum(self.layouts[index].bytes for index in missing))
         started, said = time.perf_counter(), 0.0
         slab = torch.zeros(max(layout.bytes for layout in self.layouts), dtype=torch.uint8)
-        for done, index in enumerate(missing or [0], 1):
+        for done, index in enumerate(missing, 1):
             self._make_layer(index, slab[: self.layouts[index].bytes])
             elapsed = time.perf_counter() - started
             if elapsed - said > 1.0 or done == len(missing):
@@ -131,13 +137,7 @@ class Store:
                 say(f"quantising: layer {done} of {len(missing)}, {format_bytes(rate)}/s, {left} left")
 
     def tables(self, device: torch.device) -> Tables:
-        words = json.loads((self.folder / "tables.json").read_text(encoding="utf-8"))
-        values, scale_values = (
-            None if words[name] is None else torch.tensor(words[name], dtype=torch.float32, device=device)
-            for name in ("values", "scale_values")
-        )
-        assert values is not None
-        return Tables(values, scale_values)
+        return self.known.to(device)
 
     def read(self, index: int, slab: Tensor, say: Say) -> None:
         """Copy a layer's slab into host memory, checked; one that is damaged is made again."""
@@ -173,20 +173,11 @@ class Store:
 
     def _make_layer(self, index: int, slab: Tensor) -> None:
         slab.zero_()
-        tables = None
         for place, weight in enumerate(self._quantised(index)):
             self.layouts[index].write(slab, place, weight)
-            tables = Tables(weight.values.cpu(), None if weight.scale_values is None else weight.scale_values.cpu())
-        assert tables is not None
-        words = {
-            "values": tables.values.tolist(),
-            "scale_values": None if tables.scale_values is None else tables.scale_values.tolist(),
-        }
         content = slab.numpy()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "tables.json").exists():
-                _write_whole(self.folder / "tables.json", json.dumps(words).encode())
             _write_whole(self.path_of(index), content, hashlib.sha256(content).digest())
         except OSError as error:
             raise OutputError(
@@ -197,19 +188,12 @@ class Store:
 
     def _quantised(self, index: int) -> Iterator[FourBit]:
         """The layer's matrices, quantised as bitsandbytes does for a model that is loaded whole."""
-        from bitsandbytes.nn import Params4bit
         from safetensors import safe_open
 
         for path, name, _ in self.source.layers[index]:
             with safe_open(path, framework="pt") as file:
                 weight = file.get_tensor(name).to(self.dtype)
-            packed = Params4bit(
-                weight,
-                requires_grad=False,
-                compress_statistics=self.quant.bnb_4bit_use_double_quant,
-                quant_type=self.quant.bnb_4bit_quant_type,
-            )
-            yield FourBit.of(packed._quantize(self.device))
+            yield _quantise(weight, self.quant, self.device)
 
     def _refuse_full_disk(self, needed: int) -> None:
         folder = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
@@ -220,6 +204,18 @@ class Store:
                 allowed="a disk with room",
                 do="free some, or set XDG_CACHE_HOME to another disk",
             )
+
+
+def _quantise(weight: Tensor, quant: QuantRecipe, device: torch.device) -> FourBit:
+    from bitsandbytes.nn import Params4bit
+
+    packed = Params4bit(
+        weight,
+        requires_grad=False,
+        compress_statistics=quant.bnb_4bit_use_double_quant,
+        quant_type=quant.bnb_4bit_quant_type,
+    )
+    return FourBit.of(packed._quantize(device))
 
 
 def cache_folder() -> Path:

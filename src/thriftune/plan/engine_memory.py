@@ -6,7 +6,7 @@ that is what its code holds. Notation in comments: T tokens at once, N positions
 
 from __future__ import annotations
 
-from thriftune.engine.sizes import Choice, Keep, LayerSizes, ProgramSizes, kept_bytes, working_bytes
+from thriftune.engine.sizes import Choice, Keep, LayerSizes, ProgramSizes, gradient_rows, kept_bytes, working_bytes
 from thriftune.engine.takes import DOWN, GATE_UP, OUT, QKV
 from thriftune.plan.engine import EngineCase
 from thriftune.plan.memory import FRAGMENTS_FIXED, WIDE, optimizer_states, outside
@@ -73,12 +73,12 @@ def _one_layer(layer: LayerSizes, keep: Keep, sizes: ProgramSizes) -> int:
 
 
 def gradient_bytes(case: EngineCase) -> float:
-    """The gradients of a stack's A factors are parts of one product, which has the padded rank."""
+    """The gradients of a stack's A factors are parts of one product."""
     found = 0
     for (layer, indices), (stacks, _) in zip(case.shape.layers, case.sizes.layers, strict=True):
         for names, stack in zip((QKV, OUT, GATE_UP, DOWN), stacks.stacks, strict=True):
-            ranked = sum(
-                case.adapter.rank_of(linear) * linear.out_features for linear in layer.linears if linear.name in names
-            )
-            found += len(indices) * (stack.rank * stack.size_in + ranked)
+            ranks = [(case.adapter.rank_of(linear), linear) for linear in layer.linears if linear.name in names]
+            of_b = sum(rank * linear.out_features for rank, linear in ranks)
+            of_a = gradient_rows(sum(rank for rank, _ in ranks)) * stack.size_in
+            found += len(indices) * (of_a + of_b)
     return float(WIDE * found)

@@ -25,7 +25,7 @@ from thriftune.engine.offload import slab_bytes as bytes_of_slab
 from thriftune.engine.sizes import Choice, Keep, later_bytes
 from thriftune.plan.engine import EngineCase
 from thriftune.plan.engine_memory import gradient_bytes
-from thriftune.plan.engine_time import engine_time
+from thriftune.plan.engine_time import engine_amounts, engine_efficiency_of, engine_time
 from thriftune.plan.memory import NF4_BYTES, optimizer_states, outside
 from thriftune.plan.values import PARTS, LimitedBy, Memory, Time, Work
 from thriftune.recipe import Recipe
@@ -137,21 +137,24 @@ def _memory(case: EngineCase, chosen: Offload, demand: Demand) -> Memory:
 def _time(case: EngineCase, chosen: Offload, demand: Demand, work: Work, gpu: Gpu) -> tuple[Time, int]:
     """The engine's time for such a step, and what of the transfers it does not hide; tokens from which all are hidden.
 
-    Layers are unpacked once a pass, however many parts a step has, so the engine's time is that of one part."""
-    whole = Choice(Keep.INPUT, max(work.packed.largest, 1), 0, chosen.layers)
-    alone = engine_time(case, whole, work, gpu, 1)
-    computing_s = alone.compute_s + alone.memory_s
+    Layers are unpacked once a pass, however many parts a step has; without streaming they are for each part."""
+    choice = Choice(Keep.INPUT, chosen.most_tokens, 0, chosen.layers)
+    alone, amounts = engine_time(case, choice, work, gpu, 1), engine_amounts(case, choice, work)
+    unpacking_s = amounts.dequantised / (engine_efficiency_of(gpu).dequantise * gpu.bandwidth_bytes_per_s)
+    saved_s = min(unpacking_s * (1 - 1 / amounts.parts), alone.step_s - alone.launch_s)
+    computing_s = alone.compute_s + alone.memory_s - saved_s
     forward_s = computing_s * _forward_share(case)
     layers_s = (chosen.layers - chosen.resident) * demand.slab_bytes / gpu.link_bytes_per_s
     inputs_s = 0.0
     if chosen.inputs_on_host:
         inputs_s = work.packed.tokens * case.sizes.element * case.sizes.width * chosen.layers / gpu.link_bytes_per_s
     waits_s = max(0.0, layers_s - forward_s) + max(0.0, layers_s + inputs_s - (computing_s - forward_s))
-    step_s = alone.step_s + waits_s
+    step_s = alone.step_s - saved_s + waits_s
     limited: LimitedBy = "link" if waits_s > 0.1 * step_s else alone.limited_by
     found = replace(
         alone,
         step_s=step_s,
+        memory_s=alone.memory_s - saved_s,
         link_s=2 * layers_s + inputs_s,
         limited_by=limited,
         tokens_per_s=work.tokens_per_step / step_s,

@@ -10,9 +10,10 @@ import torch
 from thriftune.data import Example
 from thriftune.records import RankCut
 from thriftune.train.checkpoint import TrainState
-from thriftune.train.job import TrainJob
+from thriftune.train.job import TrainJob, check_finite
 from thriftune.train.moments import held_bytes, replace_parameters
 from thriftune.train.path import StepPath
+from thriftune.train.recover import fits_or_ends
 from thriftune.units import format_bytes
 
 
@@ -32,17 +33,19 @@ def change_if_due(
     change = job.method.between_steps(job.recipe, state.step, job.order.steps)
     if change is None:
         return
+    check_finite(job, state.step)
     examples = [job.train_examples[index] for index in job.order.indices(state.step - 1)]
     loss_before, before = loss_of(examples), _sizes(job, optimizer)
     started = time.perf_counter()
-    changed = change(job.model)
-    replace_parameters(optimizer, changed.replacements)
-    share, ranks = changed.share, changed.ranks
-    del change, changed  # they hold the old parameters
-    job.parameters_changed()
-    path.parameters_changed()
+    with fits_or_ends("other parameters beside those that they replace"):
+        changed = change(job.model)
+        replace_parameters(optimizer, changed.replacements)
+        share, ranks = changed.share, changed.ranks
+        del change, changed  # they hold the old parameters
+        job.parameters_changed()
+        path.parameters_changed()
+    after = _sizes(job, optimizer)  # waits for the GPU
     cut_s = time.perf_counter() - started
-    after = _sizes(job, optimizer)
     cut = RankCut(
         step=state.step,
         share=share,

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from thriftune.data import Example, StepOrder
+from thriftune.errors import NonFiniteLossError
 from thriftune.methods.base import Method
 from thriftune.recipe import Recipe
 from thriftune.records import RankCut
+from thriftune.train.checkpoint import last_good
 from thriftune.train.distributed import Processes
 from thriftune.train.loss import accepts_logits_to_keep
 from thriftune.train.path import GenericPath, StepPath
@@ -109,6 +111,16 @@ def generic_path(job: TrainJob) -> GenericPath:
         most_rows=rows,
         eval_rows=settings.per_device_eval_batch_size,
     )
+
+
+def check_finite(job: TrainJob, step: int) -> None:
+    """Raise NonFiniteLossError when an update (a weight decay of 1e30, say) made weights that are not finite."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in job.trainable):
+        raise NonFiniteLossError(
+            given=f"the update of step {step} made weights that are NaN or infinite",
+            allowed="finite weights; nothing of this step was saved",
+            do=f"lower learning_rate or weight_decay; {last_good(job.output)}",
+        )
 
 
 @dataclass(frozen=True)

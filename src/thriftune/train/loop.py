@@ -30,7 +30,7 @@ from thriftune.train.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from thriftune.train.job import StopRequest, TrainJob, TrainOutcome, generic_path
+from thriftune.train.job import StopRequest, TrainJob, TrainOutcome, check_finite, generic_path
 from thriftune.train.meter import Meter
 from thriftune.train.observe import Observers, read_metrics
 from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer, set_learning_rate
@@ -219,7 +219,7 @@ def _save_due(job: TrainJob, state: TrainState, eval_loss: float | None) -> bool
 
 
 def _save(job: TrainJob, optimizer: torch.optim.Optimizer, state: TrainState, observers: Observers) -> None:
-    _check_finite(job, state.step)
+    check_finite(job, state.step)
     state.events = list(observers.events)
     job.processes.barrier()
     if job.processes.is_main:
@@ -262,7 +262,7 @@ def _start_or_resume(job: TrainJob, path: StepPath, observers: Observers) -> tup
 def _keep_best(job: TrainJob, state: TrainState, observers: Observers) -> None:
     """Check the last weights, or with load_best_model_at_end put the best step's in their place."""
     if not job.recipe.train.load_best_model_at_end or state.best_step in (None, state.step):
-        _check_finite(job, state.step)
+        check_finite(job, state.step)
         return
     folder = job.output / f"checkpoint-{state.best_step}"
     try:
@@ -298,16 +298,6 @@ def _outcome(
         optimizer=optimizer_name,
         losses=[loss for loss, _ in losses],
     )
-
-
-def _check_finite(job: TrainJob, step: int) -> None:
-    """Raise NonFiniteLossError when an update (a weight decay of 1e30, say) made weights that are not finite."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in job.trainable):
-        raise NonFiniteLossError(
-            given=f"the update of step {step} made weights that are NaN or infinite",
-            allowed="finite weights; nothing of this step was saved",
-            do=f"lower learning_rate or weight_decay; {last_good(job.output)}",
-        )
 
 
 def _non_finite_step(
