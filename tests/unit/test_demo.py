@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from command_line import runner
 from thriftune import demo
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -43,3 +48,18 @@ def test_no_browser_is_asked_for_without_a_screen(monkeypatch, tmp_path):
     assert not demo.open_page(tmp_path) and asked == []
     monkeypatch.setenv("DISPLAY", ":0")
     assert demo.open_page(tmp_path) and asked == [(tmp_path / "report.html").resolve().as_uri()]
+
+
+def test_the_record_of_the_demo_is_what_the_page_tells():
+    """benchmarks/pocket/demo.py ran it twice, on two cores: under four minutes, above 90 %, the same table."""
+    record = json.loads((REPOSITORY / "benchmarks/results/pocket/demo.json").read_text(encoding="utf-8"))
+    page = (REPOSITORY / "docs/compare.md").read_text(encoding="utf-8")
+    assert record["same_table"] and {"score", "interval", "forgetting"} <= set(record["compared_rows"])
+    for run in record["runs"]:
+        assert run["wall_s"] < 240
+        values = {name.partition("-")[0]: cell["value"] for name, cell in run["cells"].items()}
+        assert abs(values.pop("base") - 0.5) < 0.05 and set(values) == {"full", "lora", "qlora"}
+        assert min(values.values()) > 0.9
+        assert f"{run['wall_s']:.0f}" in page and f"{run['processor_s']:.0f}" in page
+    for row in ("score", "interval"):
+        assert f"| {' | '.join(record['scores'][row])} |" in page
