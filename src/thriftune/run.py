@@ -164,7 +164,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     loaded = base.loaded
     total_parameters = count_parameters(loaded.model)
     model = method.attach(loaded, recipe)
-    warming.wait()  # before anything else compiles: Triton's compiler is no place for two threads
+    warming.wait()  # before anything else compiles: one thread at a time in Triton's compiler
     hold_memory(device, recipe, paged_bytes(recipe, trainable_parameters(model)))
     job, path_reason = with_path(
         make_job(prepared, method, loaded, model, processes, output, resume_command), base.store, say

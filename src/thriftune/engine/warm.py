@@ -24,7 +24,7 @@ from thriftune.kernels.rope import turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
 
 ROWS = 16
-_one_at_a_time = threading.Lock()  # Triton's compiler aborts the process when two threads are in it
+_one_at_a_time = threading.Lock()  # in Triton's compiler
 
 
 @dataclass
