@@ -164,6 +164,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     loaded = base.loaded
     total_parameters = count_parameters(loaded.model)
     model = method.attach(loaded, recipe)
+    warming.wait()  # before anything else compiles: one thread at a time in Triton's compiler
     hold_memory(device, recipe, paged_bytes(recipe, trainable_parameters(model)))
     job, path_reason = with_path(
         make_job(prepared, method, loaded, model, processes, output, resume_command), base.store, say
@@ -212,7 +213,6 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     trainable = trainable_parameters(model)
     if prepared.planned.note:
         watching.events.append(prepared.planned.note)
-    warming.wait()
     try:
         with _stop_signals() as stop, job.product_types():
             outcome = train(job, watching, stop)

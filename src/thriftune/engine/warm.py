@@ -24,6 +24,7 @@ from thriftune.kernels.rope import turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
 
 ROWS = 16
+_one_at_a_time = threading.Lock()  # in Triton's compiler
 
 
 @dataclass
@@ -57,7 +58,8 @@ def _run_each_kernel(
     groups = config.get("num_key_value_heads") or heads
     size = config.get("head_dim") or width // heads
     epsilon = float(config.get("rms_norm_eps", 1e-6))
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.no_grad():
+    stream = torch.cuda.Stream(device)
+    with _one_at_a_time, torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
 
         def rows(columns: int) -> torch.Tensor:
             whole = torch.zeros(ROWS, columns + rank_multiple, dtype=torch.bfloat16, device=device)
