@@ -39,7 +39,7 @@ def add_gradients(
         steps = [Step(part, program.angles.cos_PC, program.angles.sin_PC, attention) for part in parts]
         streaming.begin([*range(len(layers)), *reversed(range(len(layers)))])
         shelf.begin([part.segments.tokens for part in parts])
-        x_TD = [_embed(program, part) for part in parts]
+        x_TD = [program.embed(part.tokens_T) for part in parts]
         sides: list[list[Tensor | None]] = []
         for index, layer in enumerate(layers):
             with _brought(streaming, index):
@@ -81,7 +81,7 @@ def losses(program: Program, streaming: Streaming, parts: Sequence[PackedBatch],
     with torch.no_grad():
         steps = [Step(part, program.angles.cos_PC, program.angles.sin_PC, attention) for part in parts]
         streaming.begin(range(len(program.layers)))
-        x_TD = [_embed(program, part) for part in parts]
+        x_TD = [program.embed(part.tokens_T) for part in parts]
         for index, layer in enumerate(program.layers):
             with _brought(streaming, index):
                 layer.acquire_forward()
@@ -97,12 +97,3 @@ def _brought(streaming: Streaming, index: int) -> Iterator[None]:
     streaming.acquire(index)
     yield
     streaming.release(index)
-
-
-def _embed(program: Program, part: PackedBatch) -> Tensor:
-    """The tokens' rows of the embedding, which may lie on the host: then only they cross over."""
-    table_VD, tokens_T = program.embedding_VD, part.tokens_T
-    if table_VD.device == tokens_T.device:
-        return table_VD[tokens_T]
-    rows_TD = table_VD[tokens_T.to(table_VD.device)]
-    return rows_TD.pin_memory().to(tokens_T.device, non_blocking=True)

@@ -52,6 +52,14 @@ class Program:
         kinds = Counter(layer.sizes for layer in self.layers)
         return ProgramSizes(list(kinds.items()), width, vocabulary, self.embedding_VD.element_size(), self.fp8)
 
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """The tokens' rows of the embedding, which may lie on the host: then only they cross over."""
+        table_VD = self.embedding_VD
+        if table_VD.device == tokens_T.device:
+            return table_VD[tokens_T]
+        rows_TD = table_VD[tokens_T.to(table_VD.device)]
+        return rows_TD.pin_memory().to(tokens_T.device, non_blocking=True)
+
     def copy_masters(self) -> None:
         """Take over the adapters' present values. To be called after each change of them."""
         stacks = [stack for layer in self.layers for stack in layer.stacks]
@@ -81,7 +89,7 @@ class Program:
         float64 scalar. `keep` says for each layer what it keeps."""
         with torch.no_grad():
             step = Step(batch, self.angles.cos_PC, self.angles.sin_PC, attention)
-            x_TD = self.embedding_VD[batch.tokens_T]
+            x_TD = self.embed(batch.tokens_T)
             saved: list[Saved] = []
             for layer, kept in zip(self.layers, keep, strict=True):
                 layer.acquire_forward()
@@ -103,7 +111,7 @@ class Program:
         """Sum of the targets' losses, a float64 scalar; nothing is kept."""
         with torch.no_grad():
             step = Step(batch, self.angles.cos_PC, self.angles.sin_PC, attention)
-            x_TD = self.embedding_VD[batch.tokens_T]
+            x_TD = self.embed(batch.tokens_T)
             for layer in self.layers:
                 layer.acquire_forward()
                 x_TD, _ = forward(layer, x_TD, step, Keep.INPUT)
