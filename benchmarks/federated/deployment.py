@@ -33,9 +33,9 @@ import httpx
 import psutil
 import torch
 
-from thriftune.federated.flower.common import acquire, acquiring_client
 from thriftune.federated.flower.coordinator import COORDINATOR_TASK
 from thriftune.federated.flower.site import SiteLink
+from thriftune.federated.flower.tasks import acquire, acquiring_client
 from thriftune.federated.join import Joining
 from thriftune.federated.keys import make_keys, read_site_keys
 from thriftune.federated.message import factors_of, open_message, pack

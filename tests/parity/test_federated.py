@@ -147,6 +147,20 @@ def _check_small(federation: Federation, data: bytes) -> None:
     assert len(data) - len(message.body) < 600
 
 
+def test_a_site_of_lower_rank_moves_the_model_about_as_far(model: Path, rows: Path, tmp_path: Path) -> None:
+    """One step from B = 0, where the change is that of B: with one scale for all it would be a quarter as far."""
+    moved = {}
+    for aggregation in ("svd", "fedit"):
+        settings = {"aggregation": aggregation, "local_steps": 1, "send_dtype": "float32"}
+        federation = Federation(recipe_of(model, rows, tmp_path / aggregation, federated=settings), {"s": 1, "l": 4})
+        for name in ("s", "l"):
+            federation.site(name).answer(federation.coordinator.offer(name))
+            now = federation.base.places.read()
+            moved[aggregation, name] = sum(float(part.b_OR.square().sum()) for part in now.values()) ** 0.5
+    assert 0.4 < moved["fedit", "s"] / moved["fedit", "l"] < 0.6  # a quarter of the numbers, each by the rate
+    assert moved["svd", "s"] == pytest.approx(4 * moved["fedit", "s"], rel=0.02)
+
+
 def test_rolora_trains_and_sends_one_factor_a_round(model: Path, rows: Path, tmp_path: Path) -> None:
     federation = Federation(recipe_of(model, rows, tmp_path, federated={"aggregation": "rolora"}), {"a": 4})
     site, shapes = federation.site("a"), federation.base.places.shapes()

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thriftune.errors import InputError, ThriftuneError
-from thriftune.federated.flower.common import TransportError
 from thriftune.federated.flower.site import SiteLink, Task
+from thriftune.federated.flower.tasks import TransportError
 from thriftune.federated.keys import read_site_keys
 from thriftune.federated.message import describe_sent, open_message
 from thriftune.federated.site import Site, open_base, recipe_of_rounds

@@ -3,6 +3,10 @@
 The optimizer's moments never leave the site and stay from round to round (docs/decisions/0010). A site's steps are
 numbered through all rounds: step s of round n is step n * local_steps + s of the schedule and of the order of its
 rows, so a site that missed rounds goes on where the others are.
+
+All ranks have one scale, alpha / R, so a site that trains half of the components would move the model half as far as
+one that trains all. LoRA of rank r makes up for that by its scale of alpha / r; here the rows of A are longer by R /
+r, and the columns of B shorter, while they train.
 """
 
 from __future__ import annotations
@@ -168,7 +172,10 @@ class Site:
         if rounds.aggregation == "fedit":
             without_components_beyond(places, header.train_rank)
         before = places.read()
+        longer = places.rank / header.train_rank if rounds.aggregation == "svd" else 1.0
+        places.stretch(header.train_rank, longer)
         loss, train_s = self._train(header)
+        places.stretch(header.train_rank, 1.0 / longer)
         after = places.read()
         self._check_frozen(before, after, header)
         if self._keeps:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from thriftune.errors import InputError
-from thriftune.federated.flower.common import (
+from thriftune.federated.flower.tasks import (
     POLL_S,
     Heartbeat,
     TransportError,
