@@ -1,4 +1,4 @@
-"""Taking tasks from Flower and carrying bytes in its messages: what both ends share, its settings and a machine's secret."""
+"""Taking tasks from Flower and carrying bytes in its messages: what both ends share, and a machine's secret."""
 
 from __future__ import annotations
 
