@@ -37,8 +37,9 @@ SECTION_TITLES = {
     "model": "model: what is adapted",
     "data": "data: what it learns from",
     "train": "train: how it learns",
-    "lora": "lora: the adapter of methods lora and qlora",
+    "lora": "lora: the adapter of methods lora, qlora and dynamic",
     "quant": "quant: the frozen weights of method qlora",
+    "dynamic": "dynamic: the falling rank of method dynamic (docs/dynamic_rank.md)",
     "generation": "generation: how answers are written by `predict`, `chat` and `eval`",
     "federated": "federated: of the `federate` verbs",
 }

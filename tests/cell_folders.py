@@ -53,6 +53,8 @@ class Made:
     recipe: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = "f" * 64
     perplexity: float | None = None
+    at_once: int = 1
+    sharing: int = 0
 
 
 def write_cells(folder: Path, cells: Sequence[Made]) -> Path:
@@ -104,6 +106,8 @@ def write_cell(folder: Path, made: Made) -> None:
         first_token_s=0.0123 if made.status == "done" else None,
         merged_first_token_s=0.0101 if ran and made.method != "full" else None,
         result_bytes=64 * MIB if made.method == "full" and ran else 3 * MIB + 4321 if ran else None,
+        at_once=made.at_once,
+        sharing=made.sharing,
     )
     write_record(folder / "cell.json", record)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thriftune.kernels import cross_entropy, four_bit, rms_norm, rope, swiglu
+from thriftune.kernels import cross_entropy, four_bit, fp8, rms_norm, rope, swiglu
 from thriftune.kernels.launch import runs_triton
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # two roundings to 8 bits may fall apart
@@ -38,15 +38,19 @@ def check_rms_norm(dtype: torch.dtype) -> None:
 
 
 def check_rope(dtype: torch.dtype) -> None:
-    for heads, size in ((3, 8), (1, 6), (9, 128)):
+    for heads, groups, size in ((3, 1, 8), (1, 1, 6), (9, 3, 128)):
         angles, positions = torch.rand(7, size // 2) * 6, torch.tensor([0, 6, 1, 1])
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         for inverse in (False, True):
-            found = apart(4, heads * size, dtype).unflatten(1, (heads, size))
-            wanted = found.clone()
-            rope.rope_(found, cos, sin, positions, inverse)
-            rope.rope_reference_(wanted, cos, sin, positions, inverse)
-            same(found, wanted)
+            sources, found, wanted = (
+                tuple(apart(4, count * size, dtype).unflatten(1, (count, size)) for count in (heads, groups, groups))
+                for _ in range(3)
+            )
+            rope.turn_reference(sources, wanted, cos, sin, positions, inverse)
+            for targets in (found, sources):
+                rope.turn(sources, targets, cos, sin, positions, inverse)
+                for ours, theirs in zip(targets, wanted, strict=True):
+                    same(ours, theirs)
 
 
 def check_swiglu(dtype: torch.dtype) -> None:
@@ -93,10 +97,53 @@ def check_four_bit(dtype: torch.dtype) -> None:
             same(found, wanted)  # the interpreter cuts bfloat16 off where a GPU rounds
 
 
+def check_fp8(dtype: torch.dtype) -> None:
+    """Into float32 instead of 8 bits, which the interpreter rounds wrongly where a mantissa overflows."""
+    for rows, size, rank in ((3, 64, 16), (2, 600, 5), (1, 7, 0)):
+        x, side, scales = apart(rows, size, dtype), apart(rows, rank, dtype), torch.rand(rank)
+        found, wanted = torch.zeros(rows, size + 3 * rank), torch.zeros(rows, size + 3 * rank)
+        x[0] = 0
+        beside = side if rank else None
+        same(fp8.quantise_rows(x, beside, scales, found), fp8.quantise_rows_reference(x, beside, scales, wanted))
+        same(found, wanted)
+    scales, adapters = torch.rand(130, 1) + 0.1, (torch.randn(130, 5).to(dtype), torch.randn(3, 130).to(dtype).T)
+    found, wanted, of_found, of_wanted = torch.zeros(130, 24), torch.zeros(130, 24), torch.ones(8), torch.ones(8)
+    places = ((slice(0, 5), adapters[0]), (slice(5, 8), adapters[1]))
+
+    def sides(place: Tensor, of_place: Tensor) -> list[fp8.Side]:
+        return [fp8.Side(a, 0.3, scales, place[:, columns], 8, of_place[columns]) for columns, a in places]
+
+    fp8.Sides(sides(found, of_found))()
+    for side in sides(wanted, of_wanted):
+        fp8.write_side_reference(side)
+    same(found, wanted)
+    same(of_found, of_wanted)
+
+
+def check_four_bit_in_8(dtype: torch.dtype) -> None:
+    import bitsandbytes
+
+    for rows, columns in ((3, 64), (5, 6), (130, 192)):
+        for nested in (True, False):
+            packed = bitsandbytes.nn.Params4bit(
+                torch.randn(rows, columns), requires_grad=False, compress_statistics=nested, quant_type="nf4"
+            )._quantize(torch.device("cpu"))
+            weight = four_bit.FourBit.of(packed)
+            whole = torch.empty(rows, columns)
+            four_bit.unpack_four_bit_reference(weight, whole)
+            for unpack, exact in ((fp8.unpack_to_rows, whole), (fp8.unpack_to_columns, whole.T)):
+                scales, found = torch.rand(len(exact), 1) + 0.5, apart(*exact.shape, dtype)
+                unpack(weight, scales, found)
+                same(found, (exact / scales).to(dtype))
+
+
+CHECKS = (check_rms_norm, check_rope, check_swiglu, check_cross_entropy, check_four_bit, check_fp8, check_four_bit_in_8)
+
+
 def main() -> None:
     torch.manual_seed(0)
     assert runs_triton(torch.zeros(1)), "TRITON_INTERPRET=1 is not set"
-    for check in (check_rms_norm, check_rope, check_swiglu, check_cross_entropy, check_four_bit):
+    for check in CHECKS:
         for dtype in TOLERANCE:
             check(dtype)
         print(check.__name__.removeprefix("check_"))

@@ -103,6 +103,8 @@ def tiny_recipe(model: Path, rows: Path, output: Path, *, method: str = "lora", 
         "output": str(output),
         "seed": 7,
     }
+    if method == "dynamic":
+        tree |= {"lora": {"alpha": 8.0}, "dynamic": {"r_start": 8, "round_to": 2, "first_cut": 0.2, "n_cuts": 2}}
     for name, value in sections.items():
         tree[name] = {**tree[name], **value} if isinstance(tree.get(name), dict) else value
     return Recipe.build(tree, source="the test's recipe")

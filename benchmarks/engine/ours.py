@@ -126,13 +126,14 @@ def job_of(arguments: argparse.Namespace, device: torch.device) -> tuple[TrainJo
         a_parameter = 6 if arguments.method == "qlora" else 12
         step_tokens = largest_step(job.order, job.lengths, 1)
         later_bytes = a_parameter * trainable_parameters(model)
-        path = engine_path(model, device, job.lengths, step_tokens, later_bytes, arguments.recompute)
+        path = engine_path(
+            model, device, job.lengths, step_tokens, later_bytes, arguments.recompute, recipe.precision == "fp8"
+        )
         job = replace(job, path=path)
     return job, built_s
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="Llama-3-8B", choices=SHAPES)
     parser.add_argument("--method", default="lora", choices=("lora", "qlora"))
     parser.add_argument("--batch", default="4x2048")
@@ -143,6 +144,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--layers", type=int, help="a model cut short, to try the script")
     parser.add_argument("--extra", nargs="*", default=[], help="further key=value words of the recipe")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     arguments = parser.parse_args()
     quiet_libraries()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,115 +1,133 @@
-"""IMDb by full, lora and qlora on a small pretrained Llama: train on all 25,000 rows, score all 25,000 test rows.
+"""Base, full, lora and qlora on a small pretrained Llama, through `thriftune compare`: IMDb with 3 seeds, and GSM8K.
 
-    python benchmarks/imdb_reader/run.py --model ../shared/models/reader-16m --data ../shared/data/imdb \
-        --output runs/imdb-reader --results benchmarks/results/imdb-reader
+    python benchmarks/imdb_reader/run.py --model ../shared/models/reader-16m --imdb ../shared/data/imdb \
+        --gsm8k ../shared/data/gsm8k --output runs/reader --results benchmarks/results/reader --at-once 4
 
-Writes one run folder a method, and into --results the record and the evaluation of each (without the answers).
-`--methods` limits it; base is the model as it comes. Every cell is a process of its own; `--at-once` runs several
-beside each other, which shares the GPU, so their times are not to be compared then.
+`imdb` trains on all 25,000 rows and scores all 25,000 test rows; each method's learning rate is searched on held-out
+training rows. `gsm8k` trains for 300 steps and has all 1,319 test questions answered and parsed, which shows the
+pipeline and its time: a model of this size solves next to none. `--at-once` is how many cells run side by side, the
+GPUs in turn; with no more cells than GPUs their times can be compared.
+
+When `--minutes` are over the comparison is stopped and what is done is kept. The same command goes on with it, also on
+another machine of the same kind, where only `--results` is left: it holds the records of all cells that are done, in a
+few megabytes and without weights. The last lines are a table of the cells. `--tiny` tries it in minutes on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-# Two epochs on texts cut to their last 480 tokens or so, with each method's own learning rate.
-COMMON = [
-    "max_length=512",
-    "cut_prompt=start",
-    "num_train_epochs=2",
-    "per_device_train_batch_size=32",
-    "gradient_accumulation_steps=1",
-    "logging_steps=100",
-    "save_strategy=no",
-    "warmup_ratio=0.05",
-    "lr_scheduler_type=linear",
-    "weight_decay=0.0",
+from keep import keep, restore
+
+# Two epochs on texts cut to their last 480 tokens or so.
+IMDB = [
+    *("max_length=512", "cut_prompt=start", "num_train_epochs=2", "per_device_train_batch_size=32"),
+    *("gradient_accumulation_steps=1", "warmup_ratio=0.05", "lr_scheduler_type=linear", "weight_decay=0.0"),
+    *("logging_steps=100", "save_strategy=no", "generation.batch_size=512"),
 ]
-LEARNING_RATE = {"full": "4e-4", "lora": "1e-3", "qlora": "1e-3"}
+GSM8K = [
+    *("max_length=512", "max_steps=300", "per_device_train_batch_size=32", "gradient_accumulation_steps=1"),
+    *("full:learning_rate=4e-4", "lora:learning_rate=1e-3", "qlora:learning_rate=1e-3"),
+    *("warmup_ratio=0.05", "logging_steps=100", "save_strategy=no", "generation.batch_size=512"),
+    *("max_new_tokens=300",),
+]
+TINY = ["max_samples=16", "max_steps=2", "max_length=96", "per_device_train_batch_size=4", "max_new_tokens=8"]
+SAVING_S = 60.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--methods", default="base,full,lora,qlora")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--imdb", required=True, help="folder of the data set")
+    parser.add_argument("--gsm8k", required=True, help="folder of the data set")
+    parser.add_argument("--output", type=Path, required=True, help="the comparisons, with weights")
+    parser.add_argument("--results", type=Path, required=True, help="their records, without")
+    parser.add_argument("--parts", default="imdb,gsm8k")
     parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--limit", type=int, help="score so many test rows only (for a trial)")
-    parser.add_argument("--extra", nargs="*", default=[], help="further key=value words for every run")
+    parser.add_argument("--tries-at-once", type=int, help="of the learning-rate search; three times --at-once")
+    parser.add_argument("--minutes", type=float, default=60.0, help="for everything, the last saving included")
+    parser.add_argument("--tiny", action="store_true", help="a trial on few rows and steps")
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    waiting = arguments.methods.split(",")
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    failed = []
-    while waiting or running:
-        while waiting and len(running) < arguments.at_once:
-            method = waiting.pop(0)
-            running[method] = subprocess.Popen(["bash", "-c", cell(method, arguments)])
-        time.sleep(0.5)
-        for method, process in list(running.items()):
-            if process.poll() is not None:
-                del running[method]
-                failed += [method] if process.returncode else []
-    print_table(arguments)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    ends = time.monotonic() + 60 * arguments.minutes - SAVING_S
+    codes = {}
+    for part in arguments.parts.split(","):
+        folder, kept = arguments.output / part, arguments.results / part
+        restore(kept, folder)
+        started = time.monotonic()
+        codes[part] = until(ends, words(part, folder, arguments))
+        keep(folder, kept)
+        print(f"{part}: exit code {codes[part]} after {time.monotonic() - started:.0f} s", flush=True)
+    for part in codes:
+        print_table(arguments.output / part)
+    if any(codes.values()):
+        sys.exit("not everything is done: give the same command again")
 
 
-def cell(method: str, arguments: argparse.Namespace) -> str:
-    """The shell line of one cell: train (unless base), score, copy the records."""
-    program = f"{sys.executable} -m thriftune"
-    results = arguments.results
-    run = arguments.output / f"{method}-seed{arguments.seed}"
-    steps = []
-    target = arguments.model
-    if method != "base":
-        words = [
-            *COMMON,
-            f"learning_rate={LEARNING_RATE[method]}",
-            f"seed={arguments.seed}",
-            f"data.path={arguments.data}",
-            *arguments.extra,
-        ]
-        steps.append(
-            f"{program} train {arguments.model} --data imdb --method {method} -o {run} {' '.join(words)} --json "
-            f"> {results}/{run.name}.train.json"
-        )
-        target = str(run)
-    limit = f"--limit {arguments.limit}" if arguments.limit else ""
-    steps.append(
-        f"{program} eval {target} --task imdb --data {arguments.data} --answers {run}.answers.jsonl --json {limit} "
-        f"max_length=512 generation.batch_size=256 > {results}/{run.name}.eval.json"
-    )
-    return " && ".join(steps)
+def words(part: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """The command line of one comparison."""
+    asked = {"imdb": (arguments.imdb, IMDB, "3"), "gsm8k": (arguments.gsm8k, GSM8K, "1")}
+    data, options, seeds = asked[part]
+    tries = arguments.tries_at_once or 3 * arguments.at_once
+    small = []
+    if arguments.tiny:
+        small, seeds = ["--no-search", "--limit", "16"], "1"
+        given = {option.partition("=")[0] for option in TINY}
+        options = [*TINY, *(option for option in options if option.partition("=")[0] not in given)]
+    return [
+        *(sys.executable, "-m", "thriftune", "compare", arguments.model, "--data", part, "--task", part),
+        *("--methods", "base,full,lora,qlora", "--seeds", seeds, "--output", str(folder)),
+        *("--at-once", str(arguments.at_once), "--tries-at-once", str(tries)),
+        *(f"data.path={data}", *options, *small),
+    ]
 
 
-def print_table(arguments: argparse.Namespace) -> None:
-    print(
-        f"{'method':8} {'accuracy':>9} {'95 % interval':>18} {'generated':>10} {'loss':>8} "
-        f"{'tokens/s':>10} {'train s':>8}"
-    )
-    for method in arguments.methods.split(","):
-        stem = f"{method}-seed{arguments.seed}"
-        evaluation = arguments.results / f"{stem}.eval.json"
-        if not evaluation.exists() or not evaluation.read_text().strip():
-            print(f"{method:8} no result")
+def until(ends: float, command: list[str]) -> int:
+    """Run the comparison; at `ends` (of the monotonic clock) it is asked to save and stop. Its exit code."""
+    if time.monotonic() >= ends:
+        return 130
+    # Rows are tokenised on several threads, which the command itself leaves off.
+    threads = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "8", **os.environ}
+    process = subprocess.Popen(command, stdout=sys.stderr, env=threads)
+    try:
+        return process.wait(ends - time.monotonic())
+    except subprocess.TimeoutExpired:
+        print("the time is over: stopping", file=sys.stderr, flush=True)
+        process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(SAVING_S - 15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def print_table(folder: Path) -> None:
+    """Every cell with its score and seconds, and the verdict where there is one."""
+    head = f"{'accuracy':>9} {'95 % interval':>17} {'rate':>8} {'train s':>8} {'scored s':>9} {'GiB':>6}  path"
+    print(f"\n{folder.name:18} {head}")
+    for path in sorted(folder.glob("cells/*/cell.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        if not cell["result"]:
+            print(f"{path.parent.name:18} {cell['status']}: {cell['reason']}")
             continue
-        score = json.loads(evaluation.read_text())
-        record = json.loads((arguments.results / f"{stem}.train.json").read_text()) if method != "base" else {}
-        generated = score["details"]["generated_accuracy"]["value"]
-        print(
-            f"{method:8} {score['value']:9.4f} {score['low']:9.4f}-{score['high']:.4f} {generated:10.4f} "
-            f"{record.get('loss', float('nan')):8.4f} {record.get('tokens_per_s', float('nan')):10.0f} "
-            f"{record.get('train_s', float('nan')):8.1f}"
-        )
+        result, record = cell["result"], path.parent / "record.json"
+        interval = f"{result['low']:.4f}-{result['high']:.4f}"
+        line = f"{path.parent.name:18} {result['value']:9.4f} {interval:>17}"
+        if record.is_file():
+            run = json.loads(record.read_text(encoding="utf-8"))
+            rate, peak = run["recipe"]["train"]["learning_rate"], run["peak_bytes"] / 2**30
+            print(f"{line} {rate:8.2g} {run['train_s']:8.1f} {result['wall_s']:9.1f} {peak:6.2f}  {run['path']}")
+        else:
+            print(f"{line} {'':8} {'':8} {result['wall_s']:9.1f}")
+    report = folder / "report.json"
+    if report.is_file():
+        print(json.loads(report.read_text(encoding="utf-8"))["verdict"])
 
 
 if __name__ == "__main__":

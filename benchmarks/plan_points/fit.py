@@ -28,6 +28,8 @@ from thriftune.recipe import read_recipe
 from thriftune.shapes import from_config
 
 ROWS, ACCUMULATION, PROMPT_SHARE = 4, 4, 0.45
+HALVES = ("fitted", "held out")
+ERRORS = ("allocated_error", "reserved_error", "step_error")
 FITTED = [field.name for field in fields(Efficiency) if field.name != "measured"]
 
 
@@ -167,8 +169,8 @@ def loss(reached: Efficiency, inputs: list[tuple[Any, ...]], points: list[dict[s
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found = {}
-    for half in ("fitted", "held out"):
-        for name in ("allocated_error", "reserved_error", "step_error"):
+    for half in HALVES:
+        for name in ERRORS:
             errors = [row[name] for row in rows if row["half"] == half]
             found[f"{half}: {name}"] = {
                 "points": len(errors),
@@ -191,7 +193,21 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"reserved {row['reserved'] / 2**30:7.2f} {row['reserved_error']:+6.1%}",
             f"step {row['step_s']:6.3f} s {row['step_error']:+6.1%} {row['limited_by']}",
         )
-    print(json.dumps(summary(rows), indent=1))
+    show_halves(rows)
+
+
+def show_halves(rows: list[dict[str, Any]]) -> None:
+    """A line for each half and number: the extreme errors of the plan, and how many points are how near."""
+    print(
+        f"\n{'half':9} {'number':10} {'points':>6} {'lowest':>8} {'highest':>8} {'within 5 %':>11} {'within 15 %':>12}"
+    )
+    for title, found in summary(rows).items():
+        half, number = title.removesuffix("_error").split(": ")
+        near = found["within"]
+        print(
+            f"{half:9} {number:10} {found['points']:6} {found['lowest']:+8.1%} {found['highest']:+8.1%}",
+            f"{near['5 %']:11} {near['15 %']:12}",
+        )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import argparse
 import json
 import math
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fit import measured_s, summary, work_of_point
+from fit import measured_s, show_halves, summary, work_of_point
 from shapes_measured import SHAPES
 
 from thriftune.catalog.gpus import find_gpu
@@ -55,9 +56,11 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--refit", action="store_true", help="search the constants anew on half of the points")
     arguments = parser.parse_args()
-    lines = [line for path in arguments.points for line in path.read_text().splitlines()]
-    points = [row for row in map(json.loads, lines) if row.get("path") == "engine" and row["status"] == "done"]
-    points = [row for row in points if row.get("allocated_peak")]
+    points = [row for path in arguments.points for row in points_of(path)]
+    if len(points) < 2:
+        sys.exit(
+            f"{len(points)} points of a GPU in these files: two halves need more; run_engine.py measures them there"
+        )
     drawn = random.Random(0)
     order = sorted(range(len(points)), key=lambda _: drawn.random())
     fitting = {index for place, index in enumerate(order) if place % 2 == 0}
@@ -68,16 +71,28 @@ def main() -> None:
     rows = [compare(row) | {"half": "fitted" if index in fitting else "held out"} for index, row in enumerate(points)]
     for row in rows:
         show(row)
-    print(json.dumps(summary(rows), indent=1))
+    show_halves(rows)
+    show_by_layers([row["by_layers_error"] for row in rows if row["by_layers_error"] is not None])
     print("chosen as planned:", sum(row["as_planned"] for row in rows), "of", len(rows))
     if arguments.report:
         arguments.report.write_text(json.dumps({"points": rows, "summary": summary(rows)}, indent=1) + "\n")
 
 
+def points_of(path: Path) -> list[dict[str, Any]]:
+    """The points of a file that ran on a GPU, each with the name of its GPU, which the line before them has."""
+    points, gpu = [], None
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if "hardware" in row:
+            gpu = row["hardware"].get("gpu")
+        elif row.get("path") == "engine" and row["status"] == "done" and row.get("allocated_peak") and gpu:
+            points.append({**row, "gpu": gpu})
+    return points
+
+
 def planned(row: dict[str, Any]) -> Planned:
     shape = from_config(SHAPES[row["model"]], row["model"])
     recipe = read_recipe(None, [f"method={row['method']}", f"lora_r={row['r']}"], {})
-    adapter, gpu = adapter_of(shape, recipe.lora, row["method"]), find_gpu("h200", {})
+    adapter, gpu = adapter_of(shape, recipe.lora, row["method"]), find_gpu(row["gpu"], {})
     work = work_of_point(row)
     case = engine_case(shape, adapter, setup_of(recipe, row["method"], False, True), gpu)
     usable = row["limit_bytes"] + outside(gpu)[0] if row["limit_bytes"] else gpu.usable_bytes
@@ -89,9 +104,9 @@ def planned(row: dict[str, Any]) -> Planned:
 
 def compare(row: dict[str, Any]) -> dict[str, Any]:
     found = planned(row)
-    choice = found.choice
+    choice, by_layers_s = found.choice, row.get("measured_by_layers_s")
     return {
-        **{key: row[key] for key in ("model", "method", "batch", "room", "keep", "most_tokens", "held")},
+        **{key: row[key] for key in ("gpu", "model", "method", "batch", "room", "keep", "most_tokens", "held")},
         "keep_planned": int(choice.keep),
         "most_tokens_planned": choice.most_tokens,
         "held_planned": choice.held,
@@ -108,6 +123,7 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
         "step_s_planned": found.time.step_s,
         "step_error": found.time.step_s / measured_s(row) - 1,
         "limited_by": found.time.limited_by,
+        "by_layers_error": by_layers_s / measured_s(row) - 1 if by_layers_s else None,
     }
 
 
@@ -133,9 +149,19 @@ def loss(reached: EngineEfficiency, points: list[dict[str, Any]]) -> float:
     return sum(min(error**2, 0.09) for error in errors)
 
 
+def show_by_layers(errors: list[float]) -> None:
+    """How far `plan --measure` was from the whole model's step, where run_engine.py asked it."""
+    if not errors:
+        print("by layers: not asked (run_engine.py --by-layers)")
+        return
+    near = sum(abs(error) <= 0.07 for error in errors)
+    extremes = f"{min(errors):+.1%} to {max(errors):+.1%}"
+    print(f"by layers: {len(errors)} points, {extremes}, {near} within 7 %")
+
+
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['half']:8} {row['model']:13} {row['method']:5} {row['batch']:7} {row['room']:22}",
+        f"{row['half']:8} {row['gpu']} {row['model']:13} {row['method']:5} {row['batch']:7} {row['room']:22}",
         f"keep {row['keep']}/{row['keep_planned']} tokens {row['most_tokens']}/{row['most_tokens_planned']}",
         f"held {row['held']}/{row['held_planned']}",
         f"allocated {row['allocated'] / 2**30:7.2f} {row['allocated_error']:+6.1%}",

@@ -1,12 +1,13 @@
 """Peak memory and seconds a step through the engine, for the planner's constants and for its proof.
 
     python benchmarks/plan_points/run_engine.py --results benchmarks/results/plan-h200/engine-points.jsonl \
-        --lengths ../shared/bench/gsm8k_lengths.txt [--groups 0,1,2] [--deadline-s 560]
+        --lengths ../shared/bench/gsm8k_lengths.txt [--groups 0,1,2] [--deadline-s 560] [--by-layers]
 
 Each batch runs with all memory free, and held to limits at which layers keep less and at which the step is cut in two.
 With expandable segments, as a run has them: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
-The engine decides by itself; a line of the results says what it chose. `--tiny` tries the script on any machine, where
-a CPU's memory is not counted and every layer keeps everything.
+The engine decides by itself; a line of the results says what it chose. `--by-layers` also asks, of batches with all
+memory free, what `thriftune plan --measure` would say of the same step; that takes seconds a point. `--tiny` tries the
+script on any machine, where a CPU's memory is not counted and every layer keeps everything.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fit import work_of_point
 from points import Point, examples_of, free_everything, job_of, load_random, measure
 from shapes_measured import SHAPES
 
@@ -29,10 +31,13 @@ from thriftune.engine.choose import choose_attention
 from thriftune.engine.path import EnginePath
 from thriftune.engine.read import read_program
 from thriftune.engine.room import Room
-from thriftune.engine.sizes import RANK_MULTIPLE, SPARE_BYTES, SPARE_SHARE, Keep, later_bytes
+from thriftune.engine.sizes import RANK_MULTIPLE, SPARE_BYTES, SPARE_SHARE, Choice, Keep, later_bytes
+from thriftune.errors import ThriftuneError
 from thriftune.machine import hardware, quiet_libraries, versions
+from thriftune.measure import Step, measure_step
 from thriftune.methods import METHODS
 from thriftune.methods.base import trainable_parameters
+from thriftune.recipe import read_recipe
 
 BATCHES = ("1x512", "4x2048", "1x8192", "gsm8k")
 FREE, LESS, LEAST, CUT = "free", "room for the residuals", "room for the inputs", "room for half a step"
@@ -56,6 +61,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path)
     parser.add_argument("--groups", default=",".join(map(str, range(len(GROUPS)))))
     parser.add_argument("--deadline-s", type=float, default=1e9)
+    parser.add_argument("--by-layers", action="store_true", help="time a few layers too, as plan --measure does")
     parser.add_argument("--tiny", action="store_true", help="try the script itself, anywhere")
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -70,16 +76,25 @@ def main() -> None:
                 print("out of time before", group[:2], flush=True)
                 break
             try:
-                run_group(group, device, arguments.lengths, file, started + arguments.deadline_s)
+                run_group(
+                    group,
+                    device,
+                    arguments.lengths,
+                    file,
+                    started + arguments.deadline_s,
+                    by_layers=arguments.by_layers,
+                )
             except Exception:  # the other groups are worth having
                 traceback.print_exc()
 
 
-def run_group(group: tuple[str, str, Any, int], device: torch.device, lengths: Path | None, file, until) -> None:
+def run_group(
+    group: tuple[str, str, Any, int], device: torch.device, lengths: Path | None, file, until, *, by_layers
+) -> None:
     shape, method, cases, steps = group
     free_everything(device)
     loaded = load_random(SHAPES[shape], method, device)
-    model, program, attention = None, None, choose_attention(device)
+    model, program, attention = None, None, None
     for batch, room_for in cases:
         if time.perf_counter() > until:
             print("out of time before", shape, method, batch, room_for, flush=True)
@@ -90,7 +105,8 @@ def run_group(group: tuple[str, str, Any, int], device: torch.device, lengths: P
             first = job_of(loaded, loaded.model, point, examples, rows, accumulation)
             model = METHODS[method].attach(loaded, first.recipe)
             model.train()
-            program = read_program(model, longest_of(cases, lengths), RANK_MULTIPLE[device.type])
+            program = read_program(model, longest_of(cases, lengths), RANK_MULTIPLE[device.type], fp8=False)
+            attention = choose_attention(device, program.layers)
             free_everything(device)
         job = job_of(loaded, model, point, examples, rows, accumulation)
         step_tokens = largest_step(job.order, job.lengths, 1)
@@ -101,9 +117,13 @@ def run_group(group: tuple[str, str, Any, int], device: torch.device, lengths: P
         row = measure(replace(job, path=path), point, loaded)
         row |= {"path": "engine", "room": room_for, "limit_bytes": limit, "load_s": loaded.load_s}
         row |= {"keep": int(path.keep or 0), "most_tokens": path.most_tokens, "step_tokens": step_tokens}
-        row["held"] = sum(layer.qkv.common_YX is not None for layer in program.layers)
+        row["held"] = sum(layer.qkv.held for layer in program.layers)
         row["lengths"] = [len(example) for example in examples] if batch == "gsm8k" else None
         row["later_bytes"], row["attention"] = later, attention.name
+        program.let_go()
+        del job, path, room
+        if by_layers and room_for == FREE and row["status"] == "done":
+            row["measured_by_layers_s"] = by_layers_s(row, device, len(program.layers))
         file.write(json.dumps(row) + "\n")
         file.flush()
         print(
@@ -111,15 +131,27 @@ def run_group(group: tuple[str, str, Any, int], device: torch.device, lengths: P
             f"{row['most_tokens']} of {step_tokens} tokens",
             f"{row.get('allocated_peak', 0) / 2**30:.3f} GiB allocated",
             f"{row.get('reserved_peak', 0) / 2**30:.3f} reserved", f"{row.get('step_s', 0):.4f} s",
+            f"by layers {row.get('measured_by_layers_s') or 0:.4f} s",
             row.get("error", ""), row["events"], flush=True,
         )  # fmt: skip
-        program.let_go()
-        del job, path, room
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
     del model, program, loaded
     gc.collect()
     free_everything(device)
+
+
+def by_layers_s(row: dict[str, Any], device: torch.device, layers: int) -> float | None:
+    """What `thriftune plan --measure` says of a step as the engine has just made it, right after it on this machine."""
+    recipe = read_recipe(None, [f"method={row['method']}", f"lora_r={row['r']}"], {})
+    choice = Choice(Keep(row["keep"]), row["most_tokens"], row["held"], layers)
+    free_everything(device)
+    try:
+        step = Step(recipe, row["method"], False, work_of_point(row), device, choice)
+        return measure_step(SHAPES[row["model"]], step).step_s
+    except ThriftuneError as error:
+        print("not measured by layers:", error.given, flush=True)
+        return None
 
 
 def longest_of(cases: list[tuple[str, str]], lengths: Path | None) -> int:

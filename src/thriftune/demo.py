@@ -89,6 +89,8 @@ def run_demo(output: Path, say: Callable[[str], None], limit: int | None) -> Dem
             general_text=None,
             output=output,
             searches=False,
+            at_once=1,
+            tries_at_once=1,
             gpu=None,
             budget_usd=None,
             budget_hours=None,

@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 import torch
 
-from thriftune.data import PreparedData, largest_step, prepare
-from thriftune.engine.choose import engine_path, warm_up, why_not_here
-from thriftune.engine.sizes import later_bytes
+from thriftune.data import PreparedData, prepare
+from thriftune.engine.choose import warm_up
 from thriftune.errors import DiskFullError, OutputError, StoppedBySignal, ThriftuneError
 from thriftune.machine import choose_device, hardware, quiet_libraries, versions
 from thriftune.methods import METHODS, Method, trainable_parameters
 from thriftune.model_files import read_config
-from thriftune.models import LoadedModel, describe_model, load_model, load_tokenizer
+from thriftune.models import LoadedModel, describe_model, load_tokenizer
 from thriftune.models.load import ModelDescription, choose_dtype
 from thriftune.models.surgery import count_parameters, enable_checkpointing
 from thriftune.plan.search import Device
@@ -32,6 +31,7 @@ from thriftune.plan.work import Rows
 from thriftune.planning import RunPlan, cpu_device, own_gpu, plan_run, refuse_other_plans, refuse_too_long, unknown_gpu
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import RunRecord, write_record, write_text_atomically
+from thriftune.run_path import hold_memory, load_base, offload_record, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
 from thriftune.train.checkpoint import is_disk_full, last_good, newest_checkpoint
 from thriftune.train.distributed import Processes
@@ -78,6 +78,7 @@ def prepare_run(recipe: Recipe, *, force: bool = False) -> Prepared:
     sizes = {
         "per_device_train_batch_size": planned.rows_at_once,
         "gradient_accumulation_steps": planned.accumulation,
+        "optim": planned.optimizer,
     }
     resolved = resolved.model_copy(update={"train": resolved.train.model_copy(update=sizes)})
     return Prepared(resolved, description, data, tokenizer, device, dtype, planned)
@@ -143,16 +144,33 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     processes.barrier()
     refuse_other_plans(processes.unlike_main(prepared.planned.decision), processes.world)
     method = METHODS[recipe.method]
+
+    def say(text: str) -> None:
+        for observer in observers if processes.is_main else []:
+            observer.event(text)
+
     warming = warm_up(read_config(prepared.description.folder), recipe, device, method.four_bit)
-    loaded = load_model(
-        recipe.model, device=device, dtype=prepared.dtype, quant=recipe.quant if method.four_bit else None
+    hold_memory(device, recipe, 0)
+    base = load_base(
+        recipe,
+        prepared.description,
+        device=device,
+        dtype=prepared.dtype,
+        four_bit=method.four_bit,
+        streams=prepared.planned.streams or recipe.resident_layers is not None,
+        world=processes.world,
+        say=say,
     )
+    loaded = base.loaded
     total_parameters = count_parameters(loaded.model)
     model = method.attach(loaded, recipe)
-    job, path_reason = with_path(make_job(prepared, method, loaded, model, processes, output, resume_command))
+    warming.wait()  # before anything else compiles: one thread at a time in Triton's compiler
+    hold_memory(device, recipe, paged_bytes(recipe, trainable_parameters(model)))
+    job, path_reason = with_path(
+        make_job(prepared, method, loaded, model, processes, output, resume_command), base.store, say
+    )
     path_name: Literal["engine", "generic"] = "generic" if job.path is None else job.path.name
-    for observer in observers if processes.is_main else []:
-        observer.event(f"path: {path_name} ({path_reason})")
+    say(f"path: {path_name} ({path_reason})")
     trackers: list[Observer] = [Trackers(accelerator, recipe)] if recipe.report_to else []
     watching = Observers([*observers, MetricsFile(output / "metrics.jsonl"), *trackers] if processes.is_main else [])
 
@@ -180,9 +198,11 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             load_s=loaded.load_s,
             adapter=str(adapter) if adapter else None,
             events=watching.events,
+            cuts=outcome.cuts if outcome else [],
             data=prepared.data.audit,
             plan=prepared.planned.chosen,
             reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+            offload=offload_record(job.path, output / "metrics.jsonl"),
             recipe=recipe,
             hardware=hardware(device),
             versions=versions(),
@@ -193,7 +213,6 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     trainable = trainable_parameters(model)
     if prepared.planned.note:
         watching.events.append(prepared.planned.note)
-    warming.wait()
     try:
         with _stop_signals() as stop, job.product_types():
             outcome = train(job, watching, stop)
@@ -243,51 +262,28 @@ def make_job(
     )
 
 
-def with_path(job: TrainJob) -> tuple[TrainJob, str]:
-    """The job with the engine as its path, or as it is; and why."""
-    device = job.processes.device
-    reason = why_not_here(job.model, job.recipe, device)
-    if reason is not None:
-        return job, f"autograd through transformers' model: {reason}"
-    lengths = [*job.lengths, *map(len, job.eval_examples)]
-    step_tokens = largest_step(job.order, job.lengths, job.processes.world)
-    later = later_bytes(job.recipe.train.optim, trainable_parameters(job.model))
-    switch = job.recipe.train.gradient_checkpointing
-    path = engine_path(job.model, device, lengths, step_tokens, later, switch)
-    return replace(job, path=path), f"explicit forward and backward pass; attention: {path.attention.name}"
-
-
 def _identity(prepared: Prepared, world: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must have in common."""
     recipe = prepared.recipe
-    train = recipe.train.model_dump(
-        include={
-            "learning_rate",
-            "num_train_epochs",
-            "max_steps",
-            "optim",
-            "weight_decay",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_epsilon",
-            "max_grad_norm",
-            "lr_scheduler_type",
-            "warmup_steps",
-            "warmup_ratio",
-        }
-    )
+    settings = {
+        *("learning_rate", "num_train_epochs", "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
+        *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
+    }
+    train = recipe.train.model_dump(include=settings)
     examples = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * world
     return {
         "model": recipe.model.name,
         "total_parameters": prepared.description.total_parameters,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "method": recipe.method,
+        "precision": recipe.precision,
         "seed": recipe.seed,
         "data": prepared.data.audit.fingerprint,
         "shuffle": recipe.data.shuffle,
         "examples_per_step": examples,
         "lora": recipe.lora.model_dump(mode="json") if recipe.method != "full" else None,
         "quant": recipe.quant.model_dump() if recipe.method == "qlora" else None,
+        "dynamic": recipe.dynamic.model_dump() if recipe.method == "dynamic" else None,
         **train,
     }
 

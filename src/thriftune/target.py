@@ -132,7 +132,7 @@ def attach_adapter(base: nn.Module, folder: Path) -> nn.Module:
     from peft import get_peft_model
 
     path = folder / "adapter_config.json"
-    config = _adapter_config(path)
+    config = adapter_config(path)
     # PEFT compares the two names and warns; which base this is was settled when the target was found.
     config.base_model_name_or_path = base.name_or_path
     # Where a start rewrote the base, the same start must do so again; otherwise it does not matter.
@@ -153,7 +153,7 @@ def attach_adapter(base: nn.Module, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _adapter_config(path: Path) -> Any:
+def adapter_config(path: Path) -> Any:
     """The LoraConfig of an adapter's folder, read from the file alone: PEFT would look for a missing one on the hub."""
     from peft import LoraConfig, PeftConfig
 

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "pocket": set(),
     "model_files": {"recipe", "hub", "pocket"},
     "data": {"recipe", "records", "hub"},
-    "models": {"recipe", "model_files", "shapes"},
+    "models": {"recipe", "model_files", "shapes", "kernels"},
     "methods": {"recipe", "model_files", "models", "shapes"},
     "lowrank": set(),
     "kernels": set(),
@@ -42,17 +42,19 @@ ALLOWED: dict[str, set[str]] = {
     "machine": set(),
     "shapes": set(),
     "catalog": set(),
-    "plan": {"recipe", "records", "shapes", "catalog", "engine.sizes", "engine.takes"},
+    "plan": {"recipe", "records", "shapes", "catalog", "engine.sizes", "engine.takes", "engine.offload"},
     "target": {"recipe", "records", "data", "models", "methods", "hub"},
     "merging": {"recipe", "records", "data", "models", "methods", "infer", "target"},
+    "shrinking": {"recipe", "lowrank", "methods", "infer", "target"},
     "planning": {"recipe", "records", "hub", "model_files", "data", "shapes", "catalog", "plan"},
     "measure": {
         *{"recipe", "records", "data", "shapes", "catalog", "plan", "planning", "models", "methods", "train"},
         *{"machine", "engine"},
     },
+    "run_path": {"recipe", "records", "model_files", "data", "models", "methods", "engine", "train"},
     "run": {
         *{"recipe", "records", "hub", "data", "models", "methods", "train", "infer", "evaluate", "pocket", "machine"},
-        *{"planning", "plan", "shapes", "catalog", "engine", "model_files"},
+        *{"planning", "plan", "shapes", "catalog", "engine", "model_files", "run_path"},
     },
     "serving": {"recipe", "records", "data", "infer", "evaluate", "target", "machine"},
     "demo": {"records", "report", "compare"},
@@ -75,7 +77,9 @@ TORCH_FREE = {
 }
 HEAVY = {"torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
 MAX_LINES = 400
-LONG_FILES: dict[str, str] = {}  # path under src/thriftune -> why one file of that length reads better than two
+LONG_FILES: dict[str, str] = {  # path under src/thriftune -> why one file of that length reads better than two
+    "recipe/schema.py": "the one home of every option and default",
+}
 
 
 def sources() -> dict[str, Path]:

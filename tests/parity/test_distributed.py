@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from thriftune.errors import InputError, NonFiniteLossError, StoppedBySignal
+from thriftune.errors import InputError, NonFiniteLossError, RecipeError, StoppedBySignal
 from thriftune.recipe import dump_yaml
 from thriftune.train import TrainJob, train
 from thriftune.train import distributed as distributed_module
@@ -331,3 +331,12 @@ def test_one_process_needs_no_group():
     processes.same_start([parameter])
     processes.barrier()
     assert parameter.grad is None and processes.total([1.5, 2]) == [1.5, 2]
+
+
+def test_ranks_that_change_are_refused_in_every_process(model, rows, tmp_path):
+    def refused(rank: int) -> None:
+        with pytest.raises(RecipeError, match="method dynamic runs in one process"):
+            train_tiny(tiny_recipe(model, rows, tmp_path / "run", method="dynamic", train=IN_TWO))
+
+    in_processes(2, refused)
+    assert not (tmp_path / "run" / "record.json").exists()

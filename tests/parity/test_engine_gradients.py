@@ -128,7 +128,7 @@ def by_autograd(model: nn.Module, rows: list[Example], scale: float) -> tuple[fl
 def by_engine(
     model: nn.Module, rows: list[Example], scale: float, keep: Keep = Keep.ALL
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    program = read_program(model, longest=64, rank_multiple=8)
+    program = read_program(model, longest=64, rank_multiple=8, fp8=False)
     program.copy_masters()
     batch = pack(rows, torch.device("cpu"))
     loss = program.add_gradients(batch, scale, [keep] * len(program.layers), ReferenceAttention())
@@ -200,7 +200,7 @@ def test_no_uninitialised_memory_is_read() -> None:
 def test_parts_of_a_step_add_up() -> None:
     model, rows = build("llama"), examples((9, 2, 17, 5, 30, 1, 3))
     loss, wanted = by_engine(model, rows, 0.1)
-    program = read_program(model, longest=64, rank_multiple=8)
+    program = read_program(model, longest=64, rank_multiple=8, fp8=False)
     program.copy_masters()
     total = 0.0
     for group in cut_by_tokens(rows, 20):
@@ -215,7 +215,7 @@ def test_the_models_own_linears_go_on_working_and_masters_are_taken_over() -> No
     """After `read_program` the linears are views of the buffers; a changed master shows after `copy_masters`."""
     model, rows = build("llama"), examples((9, 4))
     before, _ = by_autograd(model, rows, 1.0)
-    program = read_program(model, longest=64, rank_multiple=8)
+    program = read_program(model, longest=64, rank_multiple=8, fp8=False)
     assert by_autograd(model, rows, 1.0)[0] == pytest.approx(before, rel=1e-13)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -298,7 +298,7 @@ def test_four_bit_weights(held: int, lora: dict[str, Any]) -> None:
     for module in base.modules():
         if hasattr(module, "four_bit"):
             module.base_layer = module.four_bit
-    program = read_program(model, longest=64, rank_multiple=8)
+    program = read_program(model, longest=64, rank_multiple=8, fp8=False)
     for layer in program.layers[:held]:
         layer.hold()
     program.copy_masters()

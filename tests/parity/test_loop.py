@@ -80,7 +80,7 @@ def change_model(monkeypatch) -> Callable[[Callable[[nn.Module], None]], None]:
             change(loaded.model)
             return loaded
 
-        monkeypatch.setattr("thriftune.run.load_model", changed)
+        monkeypatch.setattr("thriftune.run_path.load_model", changed)
 
     return install
 

@@ -63,7 +63,7 @@ def program_of(config: dict[str, Any], recipe: Recipe, dtype: torch.dtype) -> tu
     quant = QuantRecipe() if recipe.method == "qlora" else None
     loaded = random_model(config, device=CPU, dtype=dtype, attention="sdpa", quant=quant)
     model = METHODS[recipe.method].attach(loaded, recipe)
-    return read_program(model, max(LENGTHS), RANK_MULTIPLE["cpu"]), model
+    return read_program(model, max(LENGTHS), RANK_MULTIPLE["cpu"], fp8=False), model
 
 
 def planned(config: dict[str, Any], recipe: Recipe) -> EngineCase:
@@ -97,7 +97,7 @@ def kept_bytes(program: Program, keep: Keep) -> int:
     with torch.no_grad():
         x = program.embedding_VD[batch.tokens_T]
         for layer in program.layers:
-            layer.acquire()
+            layer.acquire_forward()
             x, of_layer = forward(layer, x, step, keep)
             saved.append(of_layer)
     for tensor in tensors_in(saved):

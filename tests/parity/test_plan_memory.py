@@ -101,6 +101,7 @@ def test_a_layer_keeps_what_the_formula_says(kind, method, lora):
         double_quant=True,
         dropout=0.0,
         eager_attention=False,
+        fp8=False,
     )
     layer, _ = shape.layers[0]
     planned = layer_saved(layer, 256, adapter, setup, LENGTH) * ROWS * LENGTH

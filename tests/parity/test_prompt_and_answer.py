@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from thriftune.data import encode_answer, encode_prompt, encode_rows, to_conversation
+from thriftune.data import encode_answer, encode_prompt, encode_prompts, encode_rows, to_conversation
 from thriftune.data.sources import Places, Rows
 from thriftune.recipe import DataRecipe
 
@@ -190,3 +190,18 @@ def test_llama3_is_encoded_as_the_whole_text_would_be(shared: Path) -> None:
         assert example.tokens.tolist() == whole
     ranked = (shared / "tokenizers/llama3/tokenizer.model").read_bytes().split(b"\n")[9906].split()
     assert base64.b64decode(ranked[0]) == b"Hello"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [CHAT, None])
+def test_prompts_encoded_together_are_those_encoded_one_by_one(kind, template, monkeypatch, tmp_path):
+    monkeypatch.setattr("thriftune.data.encoding.ROWS_A_CHUNK", 3)
+    if template:
+        (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+        template = str(tmp_path / "chat.jinja")
+    data = DataRecipe(name="rows.jsonl", max_length=60, cut_prompt="start", chat_template=template or "none")
+    prompts = [to_conversation(row, data).prompt for row in [*QUESTIONS, *QUESTIONS[::-1]]]
+    prompts += ["as it is", "a text that is much too long for the room " * 40]
+    together = encode_prompts(prompts, SMALL[kind], data, reserve=2)
+    assert together == [encode_prompt(prompt, SMALL[kind], data, reserve=2) for prompt in prompts]
+    assert max(map(len, together)) <= 58 and len({tuple(ids) for ids in together}) > 6

@@ -23,7 +23,8 @@ from thriftune.train.observe import read_metrics
 from tiny import tiny_rows
 
 VERBS = [
-    *("train", "plan", "gpus", "eval", "chat", "predict", "merge", "compare", "report", "federate", "demo", "doctor"),
+    *("train", "plan", "gpus", "eval", "chat", "predict", "merge", "shrink", "compare", "report", "federate", "demo"),
+    "doctor",
 ]
 RECORD_KEYS = {
     *("method", "path", "trainable_parameters", "total_parameters", "steps", "loss", "tokens", "tokens_per_s"),
@@ -185,7 +186,7 @@ def test_a_dry_run_writes_nothing_and_loads_no_weights(train, here, monkeypatch,
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
-    monkeypatch.setattr("thriftune.run.load_model", loaded)
+    monkeypatch.setattr("thriftune.run_path.load_model", loaded)
     before = names(here)
     done = train("--dry-run", *words).ok()
     assert names(here) == before
@@ -276,7 +277,7 @@ def test_an_error_of_ours_is_not_swallowed(train, monkeypatch):
     def broken(*arguments, **named):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("thriftune.run.load_model", broken)
+    monkeypatch.setattr("thriftune.run_path.load_model", broken)
     with pytest.raises(AssertionError, match="a bug"):
         train("-o", "out")
 
@@ -345,6 +346,18 @@ def tuned(base, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tuned")
     train_tiny(tiny_recipe(base, tiny_rows(root / "rows.jsonl", 12), root / "run", train={"max_steps": 2}))
     return root / "run"
+
+
+def test_shrink_says_what_it_did(run, tuned, here):
+    record = run("shrink", tuned, "--keep", "0.5", "--round-to", "1", "-o", "smaller", "--json").ok().json
+    assert record.keys() == {
+        *("shrunk", "adapter", "parameters_before", "parameters_after", "kept_energy", "ranks"),
+    }
+    assert 0 < record["parameters_after"] <= record["parameters_before"] / 2
+    out = run("shrink", tuned, "--keep", "0.5", "--round-to", "1", "-o", "again").ok().out
+    assert out.startswith("shrank ") and "of the update's energy stays" in out
+    run("shrink", tuned, "--keep", "0.5", "-o", "smaller").refused("exists and is not empty")
+    run("eval", "smaller", "--task", "reviews", "--limit", "2", "--json").ok()
 
 
 def test_merge_says_what_it_did(run, tuned, here):

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,18 @@ def test_a_comparison_scores_all_alike_and_a_second_go_gives_the_same_table(run,
     assert run("report", "one", "-o", "joined").refused("tokens a step")
 
 
+@pytest.mark.parametrize("task", ["exact:completion", "marks.py:mark"])
+def test_rows_and_marks_of_ones_own_are_compared(run, here, task):
+    rows = [{"prompt": f"Say {number}.", "completion": str(number)} for number in range(12)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (here / "marks.py").write_text("def mark(answer, row):\n    return min(1.0, len(answer) / 10)\n")
+    words = ("--methods", "base,lora", "--seeds", "1", "max_steps=2", "max_new_tokens=4", RATE)
+    report = run("compare", "pocket", "--data", "rows.jsonl", "--task", task, *words, "-o", "out", "--json").ok().json
+    assert report["task"] == task and report["test_rows"] == 12
+    assert [cell["status"] for cell in report["cells"]] == ["done", "done"]
+    assert report["pairs"][0]["p_value"] is not None
+
+
 def test_a_dry_run_writes_nothing_and_says_what_would_run(run, here):
     out = run("compare", *SMALL, "lora_r=4,8", "--methods", "base,lora", "--seeds", "2", "--dry-run", "--json").ok()
     assert [cell["cell"] for cell in out.json["cells"]] == [
@@ -180,7 +193,7 @@ def job(tmp_path) -> CellJob:
     cell, folder = grid.cells[0], tmp_path / "cell"
     question = Question("reviews", "test", 4, None)
     plan = work.plan_cells(PlanJob({"lora": cell.recipe("planned")}, question, task_is_named=True)).plans["lora"]
-    return CellJob(folder, "lora", "lora", 42, {}, cell.recipe(str(folder)), plan, question, False, "test")
+    return CellJob(folder, "lora", "lora", 42, {}, cell.recipe(str(folder)), plan, question, False, "test", 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +211,9 @@ def test_every_way_to_run_out_is_the_same_row_with_the_plans_guess(job, monkeypa
     monkeypatch.setattr(work, "_train", runs_out)
     record = work.run_cell(job)
     assert record.status == "out_of_memory" and record.reason.startswith("in training: ")
-    assert "the plan was 5" in record.reason and record.plan == job.plan
+    assert "the plan was 5" in record.reason and record.plan == job.plan and "beside" not in record.reason
     assert read_record(job.folder / "cell.json", CellRecord) == record
+    assert "; beside 2 others" in work.run_cell(replace(job, sharing=2)).reason
     with pytest.raises(DoesNotFitError):
         work.try_rate(RateJob(job.recipe, False, "test"))
 
@@ -221,6 +235,35 @@ def test_what_does_not_fit_beforehand_is_a_row_without_a_run(job, monkeypatch):
     record = work.run_cell(job)
     assert (record.status, record.reason) == ("refused", "90 GiB planned, 80 GiB free; take qlora")
     assert sorted(path.name for path in job.folder.iterdir()) == ["cell.json"]
+
+
+# ---------------------------------------------------------------- several at once
+
+
+def test_cells_at_once_come_to_the_same_scores_and_their_times_are_not_compared(run, here):
+    words = (*SMALL, "--methods", "base,full,lora", "--seeds", "1", "full:learning_rate=1e-3")
+    alone = run("compare", *words, "-o", "alone", "--json").ok().json
+    shown = run("compare", *words, "--at-once", "3", "-o", "beside", "--json").ok()
+    beside = shown.json
+    assert [cell["value"] for cell in alone["cells"]] == [cell["value"] for cell in beside["cells"]]
+    assert alone["search"] == beside["search"]
+    first, last = (shown.err.index(f"[{place}/3] ") for place in (1, 3))
+    assert shown.err.count("] ", first, last) == 2, "the third cell begins before the first one ends"
+    cell = cell_of(Path("beside"), "lora-seed42")
+    assert (cell.at_once, cell.sharing) == (3, 2)
+    assert "times" in " ".join(beside["notes"]) and "the speed" not in beside["verdict"]
+    run("compare", *words, "-o", "beside").refused("at_once: 3 there, 1 asked for")
+
+
+def test_several_cells_stop_together_and_go_on_together(run, here):
+    words = (*SMALL, RATE, "--methods", "full,lora", "--seeds", "1", "--at-once", "2", "-o", "out")
+    cells = Path("out/cells")
+    asked = once(cells / "lora-seed42" / "recipe.yaml", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run("compare", *words).refused("goes on with what is missing", code=143)
+    asked.join()
+    assert multiprocessing.active_children() == []
+    run("compare", *words).ok()
+    assert {cell_of(Path("out"), name).status for name in ("full-seed42", "lora-seed42")} == {"done"}
 
 
 # ---------------------------------------------------------------- the search, the budget
@@ -271,6 +314,7 @@ def test_a_budget_is_kept_by_the_clock_where_no_times_are_planned(run, here):
         (["--budget-usd", "1"], "--gpu"),
         (["--gpu", "h2000", "--budget-usd", "1"], "h2000"),
         (["--data", "rows.jsonl"], "--task"),
+        (["--data", "rows.jsonl", "--task", "exact:complition"], "did you mean completion"),
         (["./nothing-here"], "nothing-here"),
     ],
 )
@@ -294,6 +338,8 @@ def test_a_folder_with_another_comparison_is_refused_and_untouched(run, here):
 
 def test_cells_of_other_questions_are_not_joined(run, here):
     run("compare", *SMALL, "--methods", "base", "-o", "one").ok()
+    run("compare", "pocket", "--data", "sums", "--limit", "4", "--methods", "base", "-o", "sums").ok()
+    run("report", "one", "sums").refused("task: reviews", "sums")
     path = Path("one/cells/base/cell.json")
     record = read_record(path, CellRecord)
     assert record.result is not None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from thriftune.catalog.gpus import find_gpu
+from thriftune.catalog.gpus import LocalGpu, find_gpu
+from thriftune.compare import child
 from thriftune.compare.budget import Rent, limit_s, trim
+from thriftune.compare.child import Seat
 from thriftune.compare.folder import check, claim
 from thriftune.compare.grid import Cell, Grid, make_grid
 from thriftune.compare.jobs import Question
-from thriftune.compare.rates import Tried, best_rate, search_rates, search_recipe, search_seed, search_steps
+from thriftune.compare.locks import held_by_children, held_by_comparison, wait_for_orphans
+from thriftune.compare.rates import Tried, best_rate, search_recipe, search_seed, search_steps, waves_of_rates
 from thriftune.errors import InputError, OutputError, RecipeError
 from thriftune.planning import read_market
 
@@ -36,6 +41,18 @@ def test_the_base_comes_first_and_then_whole_seeds():
     assert names(made) == ["base", *(f"{m}-seed{s}" for s in (42, 43) for m in ("full", "lora", "qlora"))]
     assert [cell.recipe("out").method for cell in made.cells[1:4]] == ["full", "lora", "qlora"]
     assert {cell.recipe("out").seed for cell in made.cells[1:4]} == {42}
+
+
+def test_a_falling_rank_has_its_own_start_and_its_own_sweep():
+    """lora_r is for lora; the other options of the adapter are for both."""
+    made = grid("lora_r=8", "lora_alpha=4", "dynamic:keep=0.25,0.5", methods="lora,dynamic", seeds="1")
+    found = {cell.variant: cell.recipe("out") for cell in made.cells}
+    assert list(found) == ["lora", "dynamic dynamic.keep=0.25", "dynamic dynamic.keep=0.5"]
+    assert {recipe.lora.alpha for recipe in found.values()} == {4.0}
+    assert found["lora"].lora.r == 8 and found["dynamic dynamic.keep=0.25"].dynamic.keep == 0.25
+    assert list(grid("lora_r=4,8", methods="lora,dynamic", seeds="1").cells[0].overrides) == ["lora.r"]
+    with pytest.raises(InputError, match="lora_r=8: has no effect with dynamic"):
+        grid("dynamic:lora_r=8", methods="lora,dynamic")
 
 
 def test_seeds_are_a_count_from_the_recipes_or_a_list(tmp_path):
@@ -108,16 +125,16 @@ def test_a_value_that_a_recipe_refuses_is_refused_before_anything_runs():
 
 
 def test_a_comparison_may_grow_and_nothing_of_it_may_change(tmp_path):
-    claim(tmp_path, grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, True)
-    check(tmp_path, grid("lora_r=4", methods="base,lora,qlora", seeds="3"), QUESTION, True)
+    claim(tmp_path, grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, True, 1)
+    check(tmp_path, grid("lora_r=4", methods="base,lora,qlora", seeds="3"), QUESTION, True, 1)
     refused = {
-        "lora.r is 4 there, 8": (grid("lora_r=8", methods="base,lora", seeds="1"), QUESTION, True),
-        "methods: base there": (grid("lora_r=4", methods="lora", seeds="1"), QUESTION, True),
-        "seeds: 42 there": (grid("lora_r=4", methods="base,lora", seeds="7,"), QUESTION, True),
+        "lora.r is 4 there, 8": (grid("lora_r=8", methods="base,lora", seeds="1"), QUESTION, True, 1),
+        "methods: base there": (grid("lora_r=4", methods="lora", seeds="1"), QUESTION, True, 1),
+        "seeds: 42 there": (grid("lora_r=4", methods="base,lora", seeds="7,"), QUESTION, True, 1),
         "task: reviews there, sums": (
-            grid("lora_r=4", methods="base,lora", seeds="1"), Question("sums", "test", None, None), True,
+            grid("lora_r=4", methods="base,lora", seeds="1"), Question("sums", "test", None, None), True, 1,
         ),
-        "search: True there": (grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, False),
+        "search: True there": (grid("lora_r=4", methods="base,lora", seeds="1"), QUESTION, False, 1),
     }  # fmt: skip
     for said, asked in refused.items():
         with pytest.raises(InputError, match="another comparison") as caught:
@@ -128,7 +145,7 @@ def test_a_comparison_may_grow_and_nothing_of_it_may_change(tmp_path):
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError):
-        claim(tmp_path, grid(), QUESTION, True)
+        claim(tmp_path, grid(), QUESTION, True, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -171,9 +188,23 @@ def test_dollars_are_those_of_the_named_gpu_and_refused_without_one():
 # ---------------------------------------------------------------- the search
 
 
+def searched(default: float, measure: Callable[[float], Tried]) -> list[Tried]:
+    """All that a search tries when each rate comes out as `measure` says."""
+    waves, tried = waves_of_rates(default), []
+    wave = next(waves)
+    while True:
+        assert wave and len(set(wave)) == len(wave)
+        found = [measure(rate) for rate in wave]
+        tried += found
+        try:
+            wave = waves.send(found)
+        except StopIteration:
+            return tried
+
+
 @pytest.mark.parametrize("best", [3e-7, 2e-5, 3e-4, 0.02])
 def test_the_search_walks_to_the_valley_and_looks_on_both_sides(best):
-    tried = search_rates(2e-4, lambda rate: Tried(rate, abs(math.log(rate / best))))
+    tried = searched(2e-4, lambda rate: Tried(rate, abs(math.log(rate / best))))
     found = best_rate(tried)
     assert found is not None
     assert best / 2.1 <= found <= best * 2.1
@@ -182,7 +213,7 @@ def test_the_search_walks_to_the_valley_and_looks_on_both_sides(best):
 
 
 def test_rates_that_diverge_are_passed_over_and_the_way_is_down():
-    tried = search_rates(2e-4, lambda rate: Tried(rate, None, "diverged") if rate > 5e-5 else Tried(rate, 1.0))
+    tried = searched(2e-4, lambda rate: Tried(rate, None, "diverged") if rate > 5e-5 else Tried(rate, 1.0))
     assert best_rate(tried) is not None and best_rate(tried) < 5e-5
     assert best_rate([Tried(1.0, math.nan), Tried(2.0, None, "diverged")]) is None
 
@@ -196,3 +227,37 @@ def test_a_try_trains_on_the_training_split_alone_with_a_seed_of_its_own():
     assert recipe.train.warmup_steps == 6 and recipe.train.learning_rate == 1e-3
     assert search_steps(30) == 30 and search_steps(100) == 50
     assert search_seed([2**32 - 1]) != 2**32 - 1
+
+
+# ---------------------------------------------------------------- several at once
+
+
+def test_seats_take_the_gpus_in_turn_and_share_the_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    gpus = [LocalGpu(0, "GPU-a", "A", None, None, None, None), LocalGpu(1, "", "B", None, None, None, None)]
+    monkeypatch.setattr(child, "local_gpus", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert child.seats(1) == (Seat(),)
+    assert child.seats(2) == (Seat("GPU-a", 6, 0), Seat("1", 6, 0))
+    assert child.seats(3) == (Seat("GPU-a", 4, 1), Seat("1", 4, 0), Seat("GPU-a", 4, 1))
+    monkeypatch.setattr(child, "local_gpus", list)
+    assert child.seats(2) == (Seat(None, 6, 1), Seat(None, 6, 1))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert child.seats(2) == (Seat(None, None, 1), Seat(None, None, 1))
+
+
+def test_children_work_side_by_side_and_a_new_comparison_waits_for_those_of_an_old_one(tmp_path):
+    with held_by_children(tmp_path), held_by_children(tmp_path):
+        waiting = threading.Thread(target=wait_for_orphans, args=(tmp_path,), daemon=True)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_one_comparison_at_a_time_holds_a_folder(tmp_path):
+    with held_by_comparison(tmp_path), pytest.raises(InputError, match="another comparison is running"):
+        held_by_comparison(tmp_path).__enter__()
+    with held_by_comparison(tmp_path):
+        pass

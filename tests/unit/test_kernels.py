@@ -14,7 +14,7 @@ from thriftune.kernels.cross_entropy import cross_entropy_
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 from thriftune.kernels.launch import has_triton
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
-from thriftune.kernels.rope import rope_
+from thriftune.kernels.rope import turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
 
 NAN = float("nan")
@@ -51,14 +51,19 @@ def test_rope_turns_and_turns_back() -> None:
     torch.manual_seed(0)
     positions = torch.tensor([0, 1, 2, 0, 5])
     angles = torch.rand(6, 4, dtype=torch.float64) * 6
-    heads = strided(5, 3 * 8).unflatten(1, (3, 8))
-    before = heads.clone()
-    rope_(heads, angles.cos(), angles.sin(), positions, inverse=False)
-    pairs = torch.complex(before[..., :4].contiguous(), before[..., 4:].contiguous())
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[positions][:, None]
-    torch.testing.assert_close(heads, torch.cat((turned.real, turned.imag), -1), rtol=1e-12, atol=1e-12)
-    rope_(heads, angles.cos(), angles.sin(), positions, inverse=True)
-    torch.testing.assert_close(heads, before, rtol=1e-12, atol=1e-12)
+    heads = [strided(5, count * 8).unflatten(1, (count, 8)) for count in (3, 1, 1)]
+    before = [part.clone() for part in heads]
+    turned = [strided(5, count * 8).unflatten(1, (count, 8)) for count in (3, 1, 1)]
+    turn(tuple(heads), tuple(turned), angles.cos(), angles.sin(), positions, inverse=False)
+    for part, found in zip(before[:2], turned[:2], strict=True):
+        pairs = torch.complex(part[..., :4].contiguous(), part[..., 4:].contiguous())
+        wanted = pairs * torch.polar(torch.ones_like(angles), angles)[positions][:, None]
+        torch.testing.assert_close(found, torch.cat((wanted.real, wanted.imag), -1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(turned[2], before[2])
+    assert all(torch.equal(part, same) for part, same in zip(heads, before, strict=True))
+    turn(tuple(turned), tuple(turned), angles.cos(), angles.sin(), positions, inverse=True)
+    for part, found in zip(before, turned, strict=True):
+        torch.testing.assert_close(found, part, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -114,4 +119,12 @@ def test_triton_kernels_agree_with_their_references() -> None:
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["rms_norm", "rope", "swiglu", "cross_entropy", "four_bit"]
+    assert done.stdout.split() == [
+        "rms_norm",
+        "rope",
+        "swiglu",
+        "cross_entropy",
+        "four_bit",
+        "fp8",
+        "four_bit_in_8",
+    ]

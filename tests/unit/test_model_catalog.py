@@ -89,6 +89,7 @@ def test_what_is_unknown_or_may_mean_several_is_not_guessed(text: str) -> None:
 def test_what_was_meant() -> None:
     assert near_models("Llama-3.1-9B")[0] == "Llama-3.1-8B"
     assert near_models("qwen25 coder 7b")[0] == "Qwen2.5-7B"
+    assert near_models("google/gemma-4-26b")[0] == "gemma-4-26B-A4B"
     assert len(near_models("Mistral-7B")) == 3
     assert all(name.startswith("Mistral-7B") for name in near_models("Mistral-7B"))
     assert near_models("") == near_models("zzzzzzzz") == []

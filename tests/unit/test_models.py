@@ -556,7 +556,7 @@ def test_an_error_of_ours_in_loading_is_not_swallowed(folder, monkeypatch):
     def broken(*arguments, **named):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(load_module, "_check_vocabulary", broken)
+    monkeypatch.setattr(load_module, "check_vocabulary", broken)
     with pytest.raises(AssertionError, match="a bug"):
         load(folder)
 

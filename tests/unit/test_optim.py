@@ -209,3 +209,25 @@ def test_a_state_of_other_parameters_or_a_damaged_one_is_refused(tmp_path):
 def test_the_rate_never_is_not_a_number():
     for kind in KINDS:
         assert all(math.isfinite(rate) for rate in rates(7, 1e-2, lr_scheduler_type=kind, warmup_steps=3))
+
+
+def test_states_of_bitsandbytes_are_saved_and_go_on(tmp_path):
+    """From 0.50 on its state_dict has quantised tensors in a mapping of their own."""
+    from bitsandbytes.optim import AdamW8bit
+
+    def stepped(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            torch.manual_seed(step)
+            parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+
+    whole, half = (nn.Parameter(torch.ones(64, 80)) for _ in range(2))
+    stepped(whole, AdamW8bit([whole], lr=1e-2), 0, 5)
+    optimizer = AdamW8bit([half], lr=1e-2)
+    stepped(half, optimizer, 0, 3)
+    save_optimizer(optimizer, tmp_path)
+    fresh = AdamW8bit([half], lr=1e-2)
+    load_optimizer(fresh, tmp_path)
+    assert fresh.state[half]["state1"].dtype == torch.uint8 and fresh.state[half]["step"] == 3
+    stepped(half, fresh, 3, 5)
+    assert torch.equal(whole, half)

@@ -154,7 +154,7 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
     assert fixed.notes[1].startswith("fits with per_device_train_batch_size=")
     words = fixed.notes[1].removeprefix("fits with ").split()
     assert plan_method(case_of(*words, "engine=off"), "lora", on(), market()).fits
-    large = plan_method(case_of(shape=LLAMA_70B), "qlora", on(), market(price("a40", 0.44)))
+    large = plan_method(case_of("offload=off", shape=LLAMA_70B), "qlora", on(), market(price("a40", 0.44)))
     assert large.notes[1] == "fits on a40 (44.34 GiB usable, from $0.44 an hour)"
     assert "no single GPU" in plan_method(case_of(shape=LLAMA_70B), "full", on(), market()).notes[-1]
 
@@ -213,6 +213,22 @@ def test_what_does_not_go_through_the_engine_says_why(words, method, key, reason
     assert any(reason in note for note in found.notes)
     here = replace(on(), no_engine="Triton is not installed")
     assert plan_method(case_of(), "qlora", here, market()).path == "generic"
+
+
+def test_a_falling_rank_is_planned_at_its_start_with_the_schedule_told():
+    """Its peak is that of LoRA with the whole rank; asked about alone it is what is taken, with its own command."""
+    case = case_of("method=dynamic", "dynamic.r_start=64", "dynamic.keep=0.25")
+    plan = plan_of(case, on("h200"), methods=("dynamic",))
+    (dynamic,) = plan.gpus[0].methods
+    lora = plan_method(case_of("lora_r=64"), "lora", on("h200"), market(price()))
+    assert dynamic.peak_bytes == lora.peak_bytes and dynamic.path == "engine"
+    assert dynamic.trainable_parameters == lora.trainable_parameters
+    told = next(note for note in dynamic.notes if note.startswith("starts at rank 64"))
+    assert told.count("after step") == 4 and f"25 % after step {round(plan.steps / 2):,}" in told
+    taken = plan.gpus[0].recommended
+    assert taken.method == "dynamic" and "--method dynamic" in (taken.command or "")
+    assert "dynamic.keep=0.25" in (taken.command or "")
+    assert "dynamic" not in [found.method for found in plan_of(case_of(), on("h200")).gpus[0].methods]
 
 
 def test_memory_is_compared_by_what_methods_need_not_by_what_they_take():
@@ -349,10 +365,10 @@ def test_few_rows_warn_of_learning_by_heart():
 
 
 def test_a_70b_on_24_gb_is_told_that_paged_optimizers_do_not_page_weights():
-    found = plan_of(case_of(shape=LLAMA_70B), on()).gpus[0]
+    found = plan_of(case_of("offload=off", shape=LLAMA_70B), on()).gpus[0]
     assert found.recommended.method is None and found.recommended.command is None
     text = " ".join(found.recommended.reasons)
-    assert "it pages optimizer states, not weights" in text and "not built in yet" in text
+    assert "it pages optimizer states, not weights" in text and "offload=auto" in text
     assert not any("paged" in reason for reason in plan_of(case_of(), on()).gpus[0].recommended.reasons)
 
 

@@ -58,7 +58,7 @@ def test_json_has_the_fields_of_the_issue(run):
 
 
 def test_the_text_and_the_article(run):
-    text = run("plan", "meta-llama/Llama-3.1-70B", "--gpu", "rtx-4090").ok().out
+    text = run("plan", "meta-llama/Llama-3.1-70B", "offload=off", "--gpu", "rtx-4090").ok().out
     assert "not weights" in text and "recommended: nothing here" in text
     assert re.search(r"(?m)^ +qlora +no, \S+ GiB +\S+ GiB +- +- +- +- +-$", text), (
         "no time and money for what cannot run"

@@ -363,13 +363,24 @@ def test_auto_takes_the_first_that_fits(llama_8b, gib, expected):
 def test_what_cannot_fit_is_refused_with_what_does_unless_forced(llama_8b):
     rows = assumed_rows(run_recipe())
     with pytest.raises(DoesNotFitError, match="even with qlora") as caught:
-        plan_run(run_recipe(), rows, llama_8b, with_memory(4))
+        plan_run(run_recipe("offload=off"), rows, llama_8b, with_memory(4))
     assert "fits on" in caught.value.do and "--force" in caught.value.do
     with pytest.raises(DoesNotFitError) as caught:
         plan_run(run_recipe("method=lora"), rows, llama_8b, with_memory(14))
     assert "take --method qlora" in caught.value.do and "with lora" not in caught.value.given
     forced = plan_run(run_recipe("method=lora"), rows, llama_8b, with_memory(14), force=True)
     assert forced.method == "lora" and forced.reason == "asked for" and "DOES NOT FIT" in forced.lines()[0]
+
+
+def test_what_would_not_fit_is_streamed_and_a_cap_is_kept(llama_8b):
+    rows = assumed_rows(run_recipe())
+    planned = plan_run(run_recipe(), rows, llama_8b, with_memory(6))
+    assert planned.method == "qlora" and planned.streams and planned.chosen.fits
+    assert "streamed from the computer's memory" in planned.lines()[2]
+    assert not plan_run(run_recipe(), rows, llama_8b, with_memory(80)).streams
+    capped = plan_run(run_recipe("max_memory=6GiB"), rows, llama_8b, with_memory(80))
+    assert capped.streams and capped.chosen.usable_bytes == 6 * GIB
+    assert capped.chosen.settings == planned.chosen.settings
 
 
 def test_recomputation_follows_memory_and_the_recipes_word(llama_8b):

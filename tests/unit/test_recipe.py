@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from thriftune.errors import InputError, RecipeError
 from thriftune.recipe import (
     DataRecipe,
+    DynamicRecipe,
     FederatedRecipe,
     GenerationRecipe,
     LoraRecipe,
@@ -34,6 +35,9 @@ from thriftune.recipe.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml, 
 OTHER_VALUES: dict[str, Any] = {
     "method": "qlora",
     "engine": "off",
+    "precision": "fp8",
+    "offload": "off",
+    "max_memory": "24GiB",
     "model.name": "org/model",
     "model.revision": "abc",
     "model.trust_remote_code": True,
@@ -90,6 +94,14 @@ OTHER_VALUES: dict[str, Any] = {
     "lora.options": {"layers_to_transform": [0, 1]},
     "quant.bnb_4bit_quant_type": "fp4",
     "quant.bnb_4bit_use_double_quant": False,
+    "dynamic.r_start": 32,
+    "dynamic.keep": 0.25,
+    "dynamic.first_cut": 0.2,
+    "dynamic.last_cut": 0.6,
+    "dynamic.n_cuts": 2,
+    "dynamic.round_to": 4,
+    "dynamic.min_rank": 8,
+    "dynamic.score": "random",
     "generation.max_new_tokens": 7,
     "generation.temperature": 0.7,
     "generation.top_p": 0.9,
@@ -150,7 +162,10 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_every_option_is_covered_here_and_explained() -> None:
     assert set(OTHER_VALUES) == set(known_places())
     assert len(OTHER_VALUES) > 60
-    kinds = [Recipe, ModelRecipe, DataRecipe, TrainRecipe, LoraRecipe, QuantRecipe, GenerationRecipe, FederatedRecipe]
+    kinds = [
+        *(Recipe, ModelRecipe, DataRecipe, TrainRecipe, LoraRecipe, QuantRecipe, DynamicRecipe, GenerationRecipe),
+        FederatedRecipe,
+    ]
     assert len(SECTIONS) == len(kinds) - 1
     silent = [
         f"{kind.__name__}.{name}"

@@ -15,7 +15,7 @@ from thriftune.catalog.prices import ElectricityPrice
 from thriftune.catalog.rows import Price
 from thriftune.errors import InputError
 from thriftune.plan.cost import Market
-from thriftune.records import ReportRecord, ReportValue, read_record
+from thriftune.records import RankCut, ReportRecord, ReportValue, read_record
 from thriftune.report import build_report, read_cells, report_text, write_report
 from thriftune.report.build import CURVE_POINTS, curve
 from thriftune.report.plots import front_of, looks, smoothed
@@ -399,3 +399,41 @@ def test_a_search_of_another_shape_is_shown_as_it_is() -> None:
     assert found is not None
     assert json.loads(found.text) == {"lora": [1, 2, 3]}
     assert search_table(None) is None
+
+
+def test_the_ranks_of_a_run_that_was_cut_are_drawn_with_the_jumps_of_the_loss(tmp_path: Path) -> None:
+    write_cells(tmp_path, usual())
+    path = tmp_path / "cells" / "lora-seed1" / "record.json"
+    record = json.loads(path.read_text())
+    kinds = ("self_attn.q_proj", "mlp.down_proj")
+    names = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in kinds]
+    cuts = [
+        RankCut(
+            step=step,
+            share=share,
+            ranks=dict(zip(names, ranks, strict=True)),
+            loss_before=1.5,
+            loss_after=1.5 + step / 1000,
+            parameters_before=9000,
+            parameters_after=5000,
+            held_bytes_before=9,
+            held_bytes_after=5,
+            cut_s=0.1,
+        ).model_dump()
+        for step, share, ranks in ((10, 0.7, [64, 32, 48, 8, 16, 8]), (20, 0.5, [48, 0, 48, 0, 16, 8]))
+    ]
+    recipe = record["recipe"] | {"method": "dynamic", "dynamic": {"r_start": 64}}
+    path.write_text(json.dumps(record | {"cuts": cuts, "recipe": recipe}))
+    report = build_report(read_cells([tmp_path]), title="x", market=MARKET, search=None, notes=[])
+    write_report(report, read_cells([tmp_path]), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    figure = page[page.index("Ranks of LoRA, seed 1") :]
+    wide = figure[figure.index('<svg class="plot wide"') : figure.index('<svg class="plot narrow"')]
+    assert wide.count("<rect") == 12 and wide.count('class="rank0"') == 2 and wide.count('class="rank8"') == 1
+    assert "model.layers.1.self_attn.q_proj: rank 48" in wide
+    assert "loss 1.5000 → 1.5100 (+0.0100)" in wide and "loss 1.5000 → 1.5200 (+0.0200)" in wide
+    assert "down_proj" in wide and "of 64" in figure
+    plain = build_report(
+        read_cells([write_cells(tmp_path / "plain", usual())]), title="x", market=MARKET, search=None, notes=[]
+    )
+    assert all(cell.cuts == [] for cell in plain.cells)

@@ -1,5 +1,6 @@
 """The verdict's sentence: what is taken, and that chance ranks nothing."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from test_report import MARKET, report_of
 from cell_folders import Made, usual, write_cells
 from thriftune.records import ReportRecord
 from thriftune.report import build_report, read_cells
+from thriftune.report.page import report_page
 
 
 def test_of_equals_the_faster_is_taken_and_the_rest_is_said(tmp_path: Path) -> None:
@@ -48,6 +50,36 @@ def test_times_that_overlap_do_not_decide_and_memory_does(tmp_path: Path) -> Non
     assert report.chosen == "lora"
     assert "40 % less memory than full" in report.verdict
     assert "speed" not in report.verdict
+
+
+def test_many_unshown_differences_are_told_shortly_and_intervals_beside_them_explained(tmp_path: Path) -> None:
+    cells = [Made("lora", seed, 0.80 + 0.01 * rank, variant=f"lora lora.r={rank}", train_s=200 - rank)
+             for rank in range(12) for seed in (1, 2)]  # fmt: skip
+    report = report_of(tmp_path, cells)
+    unshown = [line for line in report.certainty if line.startswith("No difference shown")]
+    assert len(unshown) == 4 and any(re.fullmatch(r"Nor is one shown between it and \d more: .*", line)
+                                     for line in report.certainty)  # fmt: skip
+    for line in unshown:
+        low, high = (float(end) for end in re.search(r"between ([-+][\d.]+) and ([-+][\d.]+) points", line).groups())
+        assert (low > 0 or high < 0) == ("Alone that would count; of 66 pairs" in line)
+    assert any("Alone that would count" in line for line in unshown)
+
+
+def test_times_of_cells_that_shared_a_device_decide_nothing(tmp_path: Path) -> None:
+    cells = [Made("full", seed, train_s=300, peak_mib=600) for seed in (1, 2)]
+    cells += [Made("lora", seed, train_s=100, peak_mib=1000) for seed in (1, 2)]
+    assert report_of(tmp_path / "alone", cells).chosen == "lora"
+    beside = [replace(made, at_once=4, sharing=1) for made in cells]
+    report = report_of(tmp_path / "beside", beside)
+    assert report.chosen == "full" and "fast" not in report.verdict and "speed" not in report.verdict
+    assert any("do not compare methods" in note for note in report.notes)
+    marked = {row.key for row in report.table if "does not compare methods" in row.note}
+    assert {"train", "epoch_measured", "tokens_per_s", "rent_measured", "energy", "first_token"} <= marked
+    assert not marked & {"epoch_planned", "rent_planned", "peak_measured", "score"}
+    page = report_page(report)
+    assert "by peak memory" in page and "by dollars" not in page
+    own = report_of(tmp_path / "own", [replace(made, at_once=2) for made in cells])
+    assert own.chosen == "lora" and any("each on a GPU of its own" in note for note in own.notes)
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,12 @@ def find_model(text: str) -> CatalogModel | None:
 
 
 def near_models(text: str) -> list[str]:
-    """Up to three names of the catalogue that look like this one, the nearest first."""
+    """Up to three names of the catalogue that look like this one: those that begin with it, then the nearest."""
     by_words, _ = _names()
+    asked = " ".join(_words(text))
+    longer = [near for near in by_words if asked and near.startswith(f"{asked} ")]
     names: list[str] = []
-    for near in difflib.get_close_matches(" ".join(_words(text)), list(by_words), n=9, cutoff=0.6):
+    for near in [*longer, *difflib.get_close_matches(asked, list(by_words), n=9, cutoff=0.6)]:
         names += [all_models()[index].name for index in sorted(by_words[near])]
     return list(dict.fromkeys(names))[:3]
 

@@ -34,6 +34,10 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the comparison.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,
     search: Annotated[bool, typer.Option(help="Search each method's learning rate where none is given.")] = True,
+    at_once: Annotated[int, typer.Option(min=1, help="Cells at once, over this machine's GPUs in turn.")] = 1,
+    tries_at_once: Annotated[
+        int | None, typer.Option(min=1, help="Tries of the learning-rate search at once; by default as many as cells.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Score a fixed random part of so many rows.")] = None,
     general_text: Annotated[
@@ -67,6 +71,8 @@ def compare(
         general_text=general_text,
         output=output,
         searches=search,
+        at_once=at_once,
+        tries_at_once=tries_at_once or at_once,
         gpu=gpu,
         budget_usd=budget_usd,
         budget_hours=budget_hours,

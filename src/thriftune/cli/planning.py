@@ -24,12 +24,13 @@ def plan(
         typer.Option(help="A GPU's name, 2xNAME for two, local, or cpu; may be repeated. Default: local."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="How many of each GPU.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="full, lora, qlora; repeated or with commas.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="full, lora, qlora, dynamic; with commas.")] = None,
     prefer: Annotated[str, typer.Option(help="balanced, speed, memory, quality, or cost.")] = "balanced",
     article: Annotated[bool, typer.Option("--article", help="The methods side by side.")] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time some layers on this machine's GPU (or CPU), instead of the table.")
     ] = False,
+    max_memory: Annotated[str | None, typer.Option(help="GPU memory that the run may take, such as 24GiB.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +42,7 @@ def plan(
     from thriftune.planning import plan_words
 
     named = [text.strip() for entry in method or [] for text in entry.split(",") if text.strip()]
-    recipe = recipe_of_words(words, config, {"data": data})
+    recipe = recipe_of_words(words, config, {"data": data, "max_memory": max_memory})
     asked: dict[str, Any] = {"gpu_names": gpu or [], "gpus": gpus, "methods": named, "prefer": prefer}
     if measure:
         from thriftune.measure import measure_words

@@ -19,8 +19,9 @@ from thriftune.cli.app import Json, Words, app, recipe_of_words
 def train(
     words: Words = None,
     data: Annotated[str | None, typer.Option(help="sums, reviews, imdb, gsm8k, a file, a folder, or a hub id.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora, qlora, full, or auto.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, qlora, dynamic, full, or auto.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="GPU memory that the run may take, such as 24GiB.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check model and data, print, train nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even when the plan says that it does not fit.")] = False,
@@ -32,7 +33,8 @@ def train(
     learning_rate=1e-4 lora_r=32 max_length=512; docs/recipe.md lists them all.
     """
     console = Console(stderr=True)
-    recipe = recipe_of_words(words, config, {"data": data, "method": method, "output": output})
+    asked = {"data": data, "method": method, "output": output, "max_memory": max_memory}
+    recipe = recipe_of_words(words, config, asked)
     from thriftune.console import ProgressLine, print_audit
     from thriftune.data import audit_lines, example_segments
     from thriftune.run import prepare_run, run

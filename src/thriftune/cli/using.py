@@ -98,6 +98,31 @@ def merge(
 
 
 @app.command()
+def shrink(
+    target: TargetName,
+    keep: Annotated[float, typer.Option(help="Share of the adapter's parameters that may stay, such as 0.5.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the smaller adapter.")],
+    round_to: Annotated[int | None, typer.Option(help="A module's rank falls by whole blocks of so many.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Cut a finished adapter to a share of its parameters: the directions with the most energy a parameter stay."""
+    from thriftune.machine import quiet_libraries
+    from thriftune.shrinking import shrink as shrink_target
+
+    quiet_libraries()
+    result = shrink_target(target, output, keep, round_to)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    ranks = result["ranks"].values()
+    typer.echo(
+        f"shrank {result['adapter']}: {result['shrunk']}\n"
+        f"{result['parameters_before']:,} -> {result['parameters_after']:,} parameters, ranks {min(ranks)} to "
+        f"{max(ranks)}; {result['kept_energy']:.2%} of the update's energy stays"
+    )
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo; replaced.")] = Path("demo"),
     limit: Annotated[int | None, typer.Option(min=1, help="Score a fixed random part of so many rows.")] = None,

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,9 @@ from rich.console import Console
 from thriftune.compare.grid import BASE
 from thriftune.compare.jobs import CellJob, PlanJob, Planned, RateJob
 from thriftune.console import ProgressLine
-from thriftune.data import StepOrder, encode_prompt, load_rows
+from thriftune.data import StepOrder, encode_prompt
 from thriftune.errors import DiskFullError, DoesNotFitError, InputError, ModelError, NonFiniteLossError
-from thriftune.evaluate import GENERAL, TASKS, check_task, file_label
+from thriftune.evaluate import GENERAL, TASKS, check_rows, check_task, file_label
 from thriftune.infer.latency import first_token_s
 from thriftune.infer.merge import merge_adapter
 from thriftune.machine import choose_device, quiet_libraries
@@ -39,6 +40,14 @@ REPEATS = 3
 PLAIN_PROMPT = "What is the capital of France, and why is it known?"  # for tasks whose answers hold no prompts
 
 
+def work(function: str, argument: Any, threads: int | None) -> Any:
+    """What the parent asked a child for. `threads`: of the processor; None leaves them as they are."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    functions: dict[str, Callable[[Any], Any]] = {"plan_cells": plan_cells, "try_rate": try_rate, "run_cell": run_cell}
+    return functions[function](argument)
+
+
 def plan_cells(job: PlanJob) -> Planned:
     """Read the rows once and plan every variant with their exact lengths.
 
@@ -55,8 +64,7 @@ def plan_cells(job: PlanJob) -> Planned:
             do="name it with --task",
         )
     check_task(question.task, data)
-    if question.task in TASKS:
-        load_rows(data, question.split)
+    check_rows(question.task, data, question.split)
     prepared = prepare_run(recipes[0], force=True)
     rows = Rows(
         tokens=[len(example) for example in prepared.data.train],
@@ -171,10 +179,11 @@ def _ran_out(error: BaseException) -> bool:
 
 
 def _guess(job: CellJob) -> str:
+    beside = f"; beside {job.sharing} others on its device" if job.sharing else ""
     if job.plan is None:
-        return "; there was no plan for it"
+        return f"; there was no plan for it{beside}"
     planned, usable = format_bytes(job.plan.peak_bytes), format_bytes(job.plan.usable_bytes)
-    return f"; the plan was {planned} of {usable}"
+    return f"; the plan was {planned} of {usable}{beside}"
 
 
 def _given(error: BaseException) -> str:
@@ -218,6 +227,8 @@ def _score(job: CellJob) -> CellRecord:
         first_token_s=waited_s,
         merged_first_token_s=merged_s,
         result_bytes=_result_bytes(job),
+        at_once=job.at_once,
+        sharing=job.sharing,
     )
     write_record(job.folder / "cell.json", record)
     return record

@@ -1,4 +1,5 @@
-"""The cells of a comparison, run one after another, each in a child; what cannot be done becomes a row that says so."""
+"""The cells of a comparison, each run in a child, one after another or several at once; what cannot be done becomes a
+row that says so."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.compare.budget import Rent, Trimmed, plan_words, planned_s
-from thriftune.compare.child import KILLED, Children, Ended
+from thriftune.compare.child import KILLED, Children, Ended, Seat, Work, seats
 from thriftune.compare.folder import cell_folder, read_cell, spent_s
 from thriftune.compare.grid import BASE, Cell, Grid
 from thriftune.compare.jobs import Asked, CellJob, Planned, Question
@@ -34,6 +35,9 @@ class CellRunner:
     say: Say
     _spent_s: float = 0.0
     _took_s: dict[str, list[float]] = field(default_factory=dict)  # variant -> seconds of its cells, all told
+    _left: list[Cell] = field(default_factory=list)
+    _running: dict[str, tuple[Cell, float]] = field(default_factory=dict)  # name -> the cell, and when it began
+    _notes: list[str] = field(default_factory=list)
 
     def run(self, trimmed: Trimmed) -> list[str]:
         """Run the cells that are kept; returns notes for the report.
@@ -43,35 +47,46 @@ class CellRunner:
         self._spent_s = spent_s(self.folder)
         for cell in trimmed.skipped:
             self._leave(cell, "skipped", trimmed.note)
-        left = list(trimmed.kept)
-        while left:
-            cell = left[0]
-            why = self._over_budget(left)
-            if why:
-                for other in left:
-                    self._leave(other, "skipped", why)
-                self.say(f"{why}: {len(left)} cells skipped")
-                return [why]
-            self._run_one(cell, left)
-            left = left[1:]
-        return []
+        self._left = list(trimmed.kept)
+        self.children.work_through(seats(self.asked.at_once), self._following, self._ended)
+        return self._notes
 
-    def _run_one(self, cell: Cell, left: list[Cell]) -> None:
-        number = self.grid.cells.index(cell) + 1
-        mark = f"[{number}/{len(self.grid.cells)}] {cell.name}"
+    def _following(self, seat: Seat) -> Work | None:
+        if not self._left:
+            return None
+        why = self._over_budget()
+        if why:
+            for other in self._left:
+                self._leave(other, "skipped", why)
+            self.say(f"{why}: {len(self._left)} cells skipped")
+            self._notes.append(why)
+            self._left = []
+            return None
+        cell = self._left.pop(0)
         rate = self.rates.get(cell.method)
-        self.say(f"{mark}: {plan_words(self.planned, cell, self.rent)}" + (f", learning rate {rate:g}" if rate else ""))
-        started = time.perf_counter()
-        ended = self.children.call("run_cell", self._job(cell, rate))
+        words = plan_words(self.planned, cell, self.rent) + (f", learning rate {rate:g}" if rate else "")
+        self.say(f"{self._mark(cell)}: {words}")
+        self._running[cell.name] = (cell, time.perf_counter())
+        return Work(cell, "run_cell", self._job(cell, rate, seat))
+
+    def _ended(self, work: Work, ended: Ended) -> None:
+        cell, started = self._running.pop(work.key.name)
         took_s = time.perf_counter() - started
         self._spent_s += took_s
         self._took_s.setdefault(cell.variant, []).append(took_s)
         record = self._record(cell, ended)
-        left_s = sum(self._expected_s(other) for other in left[1:])
+        left_s = (sum(map(self._expected_s, self._left)) + self._running_s()) / self.asked.at_once
         ahead = f"; about {format_seconds(left_s)} left" if left_s else ""
-        self.say(f"{mark}: {self._outcome(cell, record)}, {format_seconds(took_s)} in all{ahead}")
+        self.say(f"{self._mark(cell)}: {self._outcome(cell, record)}, {format_seconds(took_s)} in all{ahead}")
 
-    def _job(self, cell: Cell, rate: float | None) -> CellJob:
+    def _mark(self, cell: Cell) -> str:
+        return f"[{self.grid.cells.index(cell) + 1}/{len(self.grid.cells)}] {cell.name}"
+
+    def _running_s(self) -> float:
+        """Expected of the cells that run now, from their beginning."""
+        return sum(self._expected_s(cell) for cell, _ in self._running.values())
+
+    def _job(self, cell: Cell, rate: float | None, seat: Seat) -> CellJob:
         folder = cell_folder(self.folder, cell)
         return CellJob(
             folder=folder,
@@ -84,6 +99,8 @@ class CellRunner:
             question=self.question,
             force=self.asked.force,
             command=self.asked.command,
+            at_once=self.asked.at_once,
+            sharing=seat.sharing,
         )
 
     def _record(self, cell: Cell, ended: Ended) -> CellRecord:
@@ -136,8 +153,9 @@ class CellRunner:
         known = [seconds for variant, found in self._took_s.items() if variant != BASE for seconds in found]
         return planned_s(self.planned, cell) or (sum(known) / len(known) if known else 0.0)
 
-    def _over_budget(self, left: list[Cell]) -> str:
+    def _over_budget(self) -> str:
         """Why no further cell is started, '' while one may be. A new seed is begun only if all of it fits."""
+        left = self._left
         if self.most_s is None:
             return ""
         if self._spent_s >= self.most_s:
@@ -146,7 +164,7 @@ class CellRunner:
         first = self.grid.seeds[0] if self.grid.seeds else None
         if seed in (None, first) or any(self._is_begun(cell) for cell in self.grid.cells if cell.seed == seed):
             return ""
-        needed_s = sum(self._expected_s(cell) for cell in left if cell.seed == seed)
+        needed_s = sum(self._expected_s(cell) for cell in left if cell.seed == seed) + self._running_s()
         if self._spent_s + needed_s <= self.most_s:
             return ""
         return (
@@ -156,4 +174,4 @@ class CellRunner:
 
     def _is_begun(self, cell: Cell) -> bool:
         record = read_cell(self.folder, cell)
-        return record is not None and record.status != "skipped"
+        return cell.name in self._running or (record is not None and record.status != "skipped")

@@ -11,10 +11,11 @@ from typing import Any
 from thriftune.compare import budget
 from thriftune.compare.budget import Rent, Trimmed, plan_words, planned_s
 from thriftune.compare.cells import CellRunner
-from thriftune.compare.child import LOCK, Children, locked, value_of
+from thriftune.compare.child import Children, value_of
 from thriftune.compare.folder import check, claim, read_cell, spent_s
 from thriftune.compare.grid import BASE, Cell, Grid, make_grid
 from thriftune.compare.jobs import Asked, PlanJob, Planned, Question
+from thriftune.compare.locks import held_by_comparison, wait_for_orphans
 from thriftune.compare.pages import report_folders
 from thriftune.compare.search import Say, search_all, search_s
 from thriftune.planning import read_market
@@ -39,15 +40,16 @@ def compare(asked: Asked, say: Say) -> Compared:
     small; StoppedBySignal after saving; DiskFullError.
     """
     grid, question, folder = _read(asked)
-    check(folder, grid, question, asked.searches)
+    check(folder, grid, question, asked.searches, asked.at_once)
     rent, most_s = _money(asked)
     planned = _plan(asked, grid, question)
     with ExitStack() as stack:
-        stack.enter_context(locked(folder / LOCK, waits=False))
+        stack.enter_context(held_by_comparison(folder))
+        wait_for_orphans(folder)
         children = Children(folder)
         stack.enter_context(children.watching())
         trimmed = _within_budget(asked, grid, planned, folder, rent, most_s, say)
-        claim(folder, grid, question, asked.searches)
+        claim(folder, grid, question, asked.searches, asked.at_once)
         notes = [*([trimmed.note] if trimmed.note else []), *planned.notes]
         rates = search_all(asked, grid, planned, folder, children, say)
         runner = CellRunner(asked, grid, question, planned, folder, children, rates, rent, most_s, say)
@@ -60,7 +62,7 @@ def compare(asked: Asked, say: Say) -> Compared:
 def show_grid(asked: Asked, say: Say) -> dict[str, Any]:
     """What `compare` would run, with the plan of each cell and the sum; nothing is trained or written."""
     grid, question, folder = _read(asked)
-    check(folder, grid, question, asked.searches)
+    check(folder, grid, question, asked.searches, asked.at_once)
     rent, most_s = _money(asked)
     planned = _plan(asked, grid, question)
     trimmed = _within_budget(asked, grid, planned, folder, rent, most_s, say)

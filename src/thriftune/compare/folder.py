@@ -20,16 +20,16 @@ def cell_folder(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / cell.name
 
 
-def claim(folder: Path, grid: Grid, question: Question, searches: bool) -> None:
+def claim(folder: Path, grid: Grid, question: Question, searches: bool, at_once: int) -> None:
     """Write compare.yaml, or check the one that is there: cells may be added, what is there may not change.
 
     Raises OutputError for a folder that holds something else, InputError for another comparison, with what differs.
     """
-    check(folder, grid, question, searches)
-    write_text_atomically(folder / FILE, write_yaml(_asked(grid, question, searches)))
+    check(folder, grid, question, searches, at_once)
+    write_text_atomically(folder / FILE, write_yaml(_asked(grid, question, searches, at_once)))
 
 
-def check(folder: Path, grid: Grid, question: Question, searches: bool) -> None:
+def check(folder: Path, grid: Grid, question: Question, searches: bool, at_once: int) -> None:
     """What `claim` refuses, without writing."""
     path = folder / FILE
     if not path.is_file():
@@ -42,7 +42,7 @@ def check(folder: Path, grid: Grid, question: Question, searches: bool) -> None:
             )
         return
     stored = _read(path)
-    asked = _asked(grid, question, searches)
+    asked = _asked(grid, question, searches, at_once)
     differences = _differences(stored, asked)
     if differences:
         more = len(differences) - SHOWN_DIFFERENCES
@@ -54,7 +54,7 @@ def check(folder: Path, grid: Grid, question: Question, searches: bool) -> None:
         )
 
 
-def _asked(grid: Grid, question: Question, searches: bool) -> dict[str, Any]:
+def _asked(grid: Grid, question: Question, searches: bool, at_once: int) -> dict[str, Any]:
     """Per variant its whole recipe as far as it was given, since that is what has to stay."""
     variants = {cell.variant: {key: value for key, value in cell.tree.items() if key != "seed"} for cell in grid.cells}
     return {
@@ -64,6 +64,7 @@ def _asked(grid: Grid, question: Question, searches: bool) -> dict[str, Any]:
         "limit": question.limit,
         "general_text": question.general_text,
         "search": searches,
+        "at_once": at_once,
         "methods": list(grid.methods),
         "seeds": list(grid.seeds),
         "variants": variants,
@@ -83,7 +84,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     found = []
-    for key in ("schema_version", "task", "split", "limit", "general_text", "search"):
+    stored.setdefault("at_once", 1)  # older comparisons knew no other
+    for key in ("schema_version", "task", "split", "limit", "general_text", "search", "at_once"):
         if stored.get(key) != asked[key]:
             found.append(f"{key}: {stored.get(key)} there, {asked[key]} asked for")
     for key in ("methods", "seeds"):

@@ -21,14 +21,20 @@ from thriftune.errors import InputError
 from thriftune.recipe import Recipe, did_you_mean, option_place, read_recipe
 
 BASE = "base"
-METHODS = (BASE, "full", "lora", "qlora")
+METHODS = (BASE, "full", "lora", "qlora", "dynamic")
 TRAINED = METHODS[1:]
 RATE = "train.learning_rate"
 LISTS = ("lora.target_modules", "lora.modules_to_save", "report_to")  # a comma inside is part of one value
-EFFECT = {"lora": ("lora", "qlora"), "quant": ("qlora",)}  # section -> the methods on which it has one
+# Option or section -> the methods on which it has an effect.
+EFFECT = {
+    "lora.r": ("lora", "qlora"),
+    "lora": ("lora", "qlora", "dynamic"),
+    "quant": ("qlora",),
+    "dynamic": ("dynamic",),
+}
 LONGEST_NAME = 100
-# Sections and options that may differ between cells without making them incomparable; all of lora and quant may.
-SWEPT_SECTIONS = ("lora", "quant")
+# What may differ between cells without making them incomparable: whole sections, and single options.
+SWEPT_SECTIONS = ("lora", "quant", "dynamic")
 SWEPT = {
     *{RATE, "model.dtype", "model.attn_implementation", "train.optim", "train.weight_decay", "train.max_grad_norm"},
     *{"train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.lr_scheduler_type", "train.warmup_steps"},
@@ -182,7 +188,7 @@ def _read_words(words: Sequence[str], methods: Sequence[str]) -> _Words:
             if len(found.problems) > 1
             else f"{found.problems[0]}",
             allowed="KEY=VALUE for all methods, METHOD:KEY=VALUE for one; several values of lora.*, quant.*, "
-            "learning_rate and the optimizer's options make a sweep",
+            "dynamic.*, learning_rate and the optimizer's options make a sweep",
             do="correct that and run again",
         )
     return found
@@ -203,7 +209,7 @@ def _all_places() -> list[str]:
 def _add(
     found: _Words, method: str | None, written: str, place: str, text: str, word: str, methods: Sequence[str]
 ) -> None:
-    splits = place.partition(".")[0] in ("lora", "quant", "train") and place not in LISTS
+    splits = place.partition(".")[0] in (*SWEPT_SECTIONS, "train") and place not in LISTS
     splits = splits and not place.startswith("lora.options")
     texts = [part.strip() for part in text.split(",")] if splits and not text.lstrip().startswith("[") else [text]
     if method is None:
@@ -212,10 +218,14 @@ def _add(
     if method not in methods or method == BASE:
         why = "the base is not trained" if method == BASE else f"{method} is not among --methods {','.join(methods)}"
         found.problems.append(f"{word}: {why}")
-    elif method not in EFFECT.get(place.partition(".")[0], TRAINED):
+    elif method not in _methods_of(place):
         found.problems.append(f"{word}: has no effect with {method}")
     else:
         found.own.setdefault(method, {}).setdefault(written, []).extend(texts)
+
+
+def _methods_of(place: str) -> tuple[str, ...]:
+    return EFFECT.get(place, EFFECT.get(place.partition(".")[0], TRAINED))
 
 
 def _sweep_problems(found: _Words, methods: Sequence[str]) -> list[str]:
@@ -232,18 +242,14 @@ def _sweep_problems(found: _Words, methods: Sequence[str]) -> list[str]:
                     f"{what}: cells that differ in it cannot stand in one table, because they would see other rows, "
                     "steps or questions; run a comparison for each value"
                 )
-            if len(texts) > 1 and not owner and not set(EFFECT.get(section, TRAINED)) & set(methods):
+            if len(texts) > 1 and not owner and not set(_methods_of(place)) & set(methods):
                 problems.append(f"{place}={','.join(texts)}: has no effect with {', '.join(methods)}")
     return problems
 
 
 def _variants(method: str, found: _Words) -> list[tuple[str, str, dict[str, str]]]:
     """(method, variant, option -> value as written) of one method: the product of its sweeps."""
-    shared = {
-        place: texts
-        for place, texts in found.shared.items()
-        if len(texts) > 1 and method in EFFECT.get(place.partition(".")[0], TRAINED)
-    }
+    shared = {place: texts for place, texts in found.shared.items() if len(texts) > 1 and method in _methods_of(place)}
     options = {**shared, **found.own.get(method, {})}
     variants = []
     for values in itertools.product(*options.values()):
@@ -261,6 +267,7 @@ def _with_options(
     config: Path | None, words: Sequence[str], values: dict[str, Any], method: str, options: dict[str, str]
 ) -> Recipe:
     mine = [f"{place}={text}" for place, text in options.items()]
+    words = [word for word in words if method in _methods_of(word.partition("=")[0])]
     return read_recipe(config, [*words, *mine], {**values, "method": "lora" if method == "full" else method})
 
 

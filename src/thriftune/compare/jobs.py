@@ -23,7 +23,10 @@ class Question:
 
 @dataclass(frozen=True)
 class CellJob:
-    """Train and score one cell. `command` goes into the run's record; `force` trains what the plan says cannot fit."""
+    """Train and score one cell. `command` goes into the run's record; `force` trains what the plan says cannot fit.
+
+    `at_once`: cells that run at once, this one among them; `sharing`: others of them on its device.
+    """
 
     folder: Path
     method: str
@@ -35,6 +38,8 @@ class CellJob:
     question: Question
     force: bool
     command: str
+    at_once: int
+    sharing: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class Asked:
     general_text: str | None
     output: Path | None
     searches: bool
+    at_once: int
+    tries_at_once: int
     gpu: str | None
     budget_usd: float | None
     budget_hours: float | None

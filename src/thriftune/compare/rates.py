@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,21 @@ class Tried:
     reason: str = ""
 
 
-def search_rates(default: float, measure: Callable[[float], Tried]) -> list[Tried]:
-    """Try rates on a log grid around `default`, walk on until the best is no edge of it, refine once by two."""
+def waves_of_rates(default: float) -> Generator[list[float], list[Tried], None]:
+    """Rates on a log grid around `default`: walk on until the best is no edge of it, refine once by two.
+
+    Yields rates that can be tried at the same time, and is sent what came of them.
+    """
     tried: dict[float, Tried] = {}
 
-    def attempt(rate: float) -> None:
-        rounded = float(f"{rate:.3g}")
-        if rounded not in tried and LOWEST <= rounded <= HIGHEST:
-            tried[rounded] = measure(rounded)
+    def attempt(*rates: float) -> Generator[list[float], list[Tried], None]:
+        rounded = [rate for rate in (float(f"{rate:.3g}") for rate in rates) if LOWEST <= rate <= HIGHEST]
+        new = [rate for rate in dict.fromkeys(rounded) if rate not in tried]
+        if new:
+            found = yield new
+            tried.update((one.rate, one) for one in found)
 
-    for first in FIRST_FACTORS:
-        attempt(default * first)
+    yield from attempt(*(default * first for first in FIRST_FACTORS))
     while len(tried) < MOST_RATES:
         rates, best = sorted(tried), best_rate(tried.values())
         # Where everything diverged the way is down.
@@ -66,13 +70,12 @@ def search_rates(default: float, measure: Callable[[float], Tried]) -> list[Trie
         else:
             break
         before = len(tried)
-        attempt(following)
+        yield from attempt(following)
         if len(tried) == before:  # the end of what a recipe takes
             break
     best = best_rate(tried.values())
-    for factor in (0.5, 2.0) if best is not None else ():
-        attempt(float(best or 0) * factor)
-    return list(tried.values())
+    if best is not None:
+        yield from attempt(best * 0.5, best * 2.0)
 
 
 def best_rate(tried: Any) -> float | None:

@@ -2,7 +2,15 @@
 
 from thriftune.data.audit import audit, audit_lines, example_segments
 from thriftune.data.batches import Batch, StepOrder, largest_step, micro_batches, shared_out
-from thriftune.data.encoding import Encoded, Example, encode_answer, encode_prompt, encode_rows, stop_token_ids
+from thriftune.data.encoding import (
+    Encoded,
+    Example,
+    encode_answer,
+    encode_prompt,
+    encode_prompts,
+    encode_rows,
+    stop_token_ids,
+)
 from thriftune.data.formats import Conversation, to_conversation
 from thriftune.data.lengths import RowLengths, measure_lengths
 from thriftune.data.prepare import PreparedData, prepare
@@ -21,6 +29,7 @@ __all__ = [
     "audit_lines",
     "encode_answer",
     "encode_prompt",
+    "encode_prompts",
     "encode_rows",
     "example_segments",
     "largest_step",

@@ -236,51 +236,89 @@ def _example(
     return Example(tokens_T[:kept], trained_T[:kept], row, prompt_cut, int(trained_T[kept:].sum()))
 
 
-def encode_prompt(
-    prompt: str | Sequence[Message] | Conversation, tokenizer: Any, data: DataRecipe, reserve: int = 0
-) -> list[int]:
+Prompt = str | Sequence[Message] | Conversation
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any, data: DataRecipe, reserve: int = 0) -> list[int]:
     """The ids a model sees before its answer: a list [T], T <= data.max_length - reserve.
 
     `prompt` is a Conversation's `.prompt`: messages (earlier answers among them), or a text, which a chat template
     makes a user message and plain rendering leaves as it is. A Conversation stands for its own prompt. Too long prompts
     are cut as in training, to leave `reserve` tokens for the answer. Raises DataError.
     """
-    if isinstance(prompt, Conversation):
-        prompt = prompt.prompt
-    encoder = encoder_for(tokenizer, data)
-    is_text = isinstance(prompt, str)
-    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
-    room = data.model_copy(update={"max_length": data.max_length - reserve})
+    return encode_prompts([prompt], tokenizer, data, reserve)[0]
 
-    def segments_of(conversation: Conversation, encoder: Encoder) -> list[Segment]:
-        if is_text and encoder.renderer.template is None:
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, data: DataRecipe, reserve: int = 0) -> list[list[int]]:
+    """`encode_prompt` of each. Most are tokenised together, which the tokenizer may do on several threads."""
+    encoder = encoder_for(tokenizer, data)
+    room = data.model_copy(update={"max_length": data.max_length - reserve})
+    found: list[list[int]] = []
+    for start in range(0, len(prompts), ROWS_A_CHUNK):
+        asked = [_AskedPrompt.of(prompt) for prompt in prompts[start : start + ROWS_A_CHUNK]]
+        windows = [windowed(one.conversation, room) for one in asked]
+        segments = [one.segments(window, encoder) for one, window in zip(asked, windows, strict=True)]
+        for one, window, parts in zip(asked, windows, encoder.encode(segments), strict=True):
+            found.append(one.fitted(window, parts, encoder, room, reserve))
+    return found
+
+
+@dataclass(frozen=True)
+class _AskedPrompt:
+    """A prompt on its way to ids. `is_text`: it came as a text and not as messages."""
+
+    conversation: Conversation
+    is_text: bool
+
+    @staticmethod
+    def of(prompt: Prompt) -> _AskedPrompt:
+        if isinstance(prompt, Conversation):
+            prompt = prompt.prompt
+        messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
+        return _AskedPrompt(Conversation(messages, False, None), isinstance(prompt, str))
+
+    def segments(self, conversation: Conversation, encoder: Encoder) -> list[Segment]:
+        """Of this conversation or a shorter form of it. Raises DataError when the template refuses it."""
+        try:
+            return self._rendered(conversation, encoder)
+        except Malformed as problem:
+            raise self._refused(problem, encoder) from problem
+
+    def fitted(
+        self, window: Conversation, parts: list[list[int]], encoder: Encoder, room: DataRecipe, reserve: int
+    ) -> list[int]:
+        """Ids within `room`, from the parts of a window on the conversation. Raises DataError."""
+        if window is not self.conversation and _length(parts) <= room.max_length:
+            window = self.conversation
+            parts = encoder.encode([self.segments(window, encoder)])[0]
+        if _length(parts) > room.max_length:
+            try:
+                _, parts = shorten_prompts(window, parts, encoder, room, self._rendered)
+            except Malformed as problem:
+                raise self._refused(problem, encoder) from problem
+        ids = [token for part in parts for token in part]
+        if len(ids) > room.max_length:
+            raise DataError(
+                given=f"a prompt of {len(ids)} tokens when everything that may be cut is cut, with {reserve} tokens "
+                f"for the answer and max_length {room.max_length + reserve}",
+                allowed=f"at most {max(room.max_length, 0)} tokens",
+                do="raise data.max_length or ask for a shorter answer",
+            )
+        return ids
+
+    def _rendered(self, conversation: Conversation, encoder: Encoder) -> list[Segment]:
+        if self.is_text and encoder.renderer.template is None:
             return [Segment(conversation.messages[0]["content"], False, False)]
         return encoder.renderer.segments(conversation.messages, generation_prompt=True)
 
-    conversation = Conversation(messages, False, None)
-    window = windowed(conversation, room)
-    try:
-        parts = encoder.encode([segments_of(window, encoder)])[0]
-        if window is not conversation and _length(parts) <= room.max_length:
-            window = conversation
-            parts = encoder.encode([segments_of(window, encoder)])[0]
-        if _length(parts) > room.max_length:
-            _, parts = shorten_prompts(window, parts, encoder, room, segments_of)
-    except Malformed as problem:
-        raise DataError(
-            given=f"the prompt {str(prompt)[:80]!r}: {problem}",
+    def _refused(self, problem: Malformed, encoder: Encoder) -> DataError:
+        messages = self.conversation.messages
+        told = messages[0]["content"] if self.is_text else str(messages)
+        return DataError(
+            given=f"the prompt {told[:80]!r}: {problem}",
             allowed=f"messages that {encoder.renderer.words} can render",
             do="correct the messages, or use data.chat_template=none",
-        ) from problem
-    ids = [token for part in parts for token in part]
-    if len(ids) > room.max_length:
-        raise DataError(
-            given=f"a prompt of {len(ids)} tokens when everything that may be cut is cut, with {reserve} tokens for "
-            f"the answer and max_length {data.max_length}",
-            allowed=f"at most {max(room.max_length, 0)} tokens",
-            do="raise data.max_length or ask for a shorter answer",
         )
-    return ids
 
 
 def encode_answer(text: str, tokenizer: Any, data: DataRecipe) -> list[int]:

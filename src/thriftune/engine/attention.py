@@ -123,10 +123,11 @@ def _scores(q_SHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, kind: Kind) -> tuple[Te
     return scores_HSS.masked_fill_(hidden_SS, float("-inf")), v_HSK, k_HSK
 
 
+@dataclass(frozen=True)
 class FlashAttention:
     """PyTorch's own FlashAttention-2 (Dao 2023) over segments."""
 
-    name = "flash"
+    name: str = "flash"
 
     def forward(
         self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments, kind: Kind, out_THK: Tensor
@@ -164,48 +165,3 @@ class FlashAttention:
         )  # fmt: skip
         for gradient, computed in zip(gradients, found, strict=True):
             gradient.copy_(computed)
-
-
-class DenseCudnnAttention:
-    """cuDNN's attention over segments of one length, which are the rows of a batch to it."""
-
-    name = "cudnn"
-
-    def takes(self, segments: Segments, kind: Kind) -> bool:
-        return len(set(segments.lengths)) == 1 and kind.window_of(segments) is None
-
-    def forward(
-        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments: Segments, kind: Kind, out_THK: Tensor
-    ) -> tuple[Any, ...]:
-        parts = [_as_batch(part, segments) for part in (q_THK, k_TGK, v_TGK)]
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *parts, None, True, 0.0, True, False, scale=kind.scale
-        )
-        out_THK.copy_(found[0].transpose(1, 2).flatten(0, 1))
-        return tuple(found[1:8])
-
-    def backward(
-        self,
-        dout_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        out_THK: Tensor,
-        kept: tuple[Any, ...],
-        segments: Segments,
-        kind: Kind,
-        gradients: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
-        log_totals, starts_q, starts_k, longest_q, longest_k, seed, offset = kept
-        dout, q, k, v, out = (_as_batch(part, segments) for part in (dout_THK, q_THK, k_TGK, v_TGK, out_THK))
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, log_totals, seed, offset, None, starts_q, starts_k, longest_q, longest_k, 0.0, True,
-            scale=kind.scale,
-        )  # fmt: skip
-        for gradient, computed in zip(gradients, found, strict=True):
-            gradient.copy_(computed.transpose(1, 2).flatten(0, 1))
-
-
-def _as_batch(part_THK: Tensor, segments: Segments) -> Tensor:
-    """(rows, heads, length, elements), a view."""
-    return part_THK.unflatten(0, (len(segments.lengths), -1)).transpose(1, 2)

@@ -15,9 +15,9 @@ from torch import Tensor
 from thriftune.engine.attention import Attention, Kind
 from thriftune.engine.packing import PackedBatch
 from thriftune.engine.sizes import Keep, LayerSizes
-from thriftune.engine.weights import Stack
+from thriftune.engine.weights import Outgoing, Stack
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
-from thriftune.kernels.rope import rope_
+from thriftune.kernels.rope import Heads, turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
 
 
@@ -54,10 +54,35 @@ class Layer:
         qkv, o, gate_up, down = (stack.sizes for stack in self.stacks)
         return LayerSizes(qkv, o, gate_up, down, self.heads, self.groups, norms)
 
-    def acquire(self) -> None:
-        """Have the layer's weights in their buffers. 4-bit layers share them: one layer at a time can be used."""
+    @property
+    def columns(self) -> tuple[slice, slice, slice]:
+        """Of queries, keys and values in the product of `qkv`."""
+        q, kv = self.heads * self.head_size, self.groups * self.head_size
+        return slice(0, q), slice(q, q + kv), slice(q + kv, q + 2 * kv)
+
+    def heads_of(self, rows_TN: Tensor) -> Heads:
+        """Queries (T, heads, size), keys and values (T, groups, size): views."""
+        q, k, v = (rows_TN[:, columns].unflatten(1, (-1, self.head_size)) for columns in self.columns)
+        return q, k, v
+
+    def heads_alone(self, like_TN: Tensor) -> Heads:
+        """Uninitialised places of the same shapes, with nothing between their tokens: what cuDNN adds up a gradient in
+        is as large as the gradient's tokens lie apart, and it takes queries and their gradient to lie alike."""
+        tokens, size = like_TN.shape[0], self.head_size
+        q, k, v = (like_TN.new_empty(tokens, count, size) for count in (self.heads, self.groups, self.groups))
+        return q, k, v
+
+    def acquire_forward(self) -> None:
+        """Have what the forward pass multiplies with in its memory. 4-bit layers share it: one layer at a time."""
         for stack in self.stacks:
-            stack.acquire()
+            stack.acquire(forward=True, backward=False)
+
+    def acquire_backward(self, keep: Keep) -> None:
+        """The same for the backward pass of a layer that kept this much."""
+        again = {Keep.ALL: (), Keep.NO_MLP: (self.gate_up,), Keep.RESIDUALS: (self.qkv, self.gate_up),
+                 Keep.INPUT: (self.qkv, self.o, self.gate_up)}[keep]  # fmt: skip
+        for stack in self.stacks:
+            stack.acquire(forward=any(stack is found for found in again), backward=True)
 
     def hold(self) -> None:
         for stack in self.stacks:
@@ -88,10 +113,12 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Qkv:
+    """`heads` are queries, keys and values as attention reads them; the last two are there where these have norms."""
+
     rstd_T1: Tensor  # noqa: N815
     side_TR: Tensor | None  # noqa: N815
-    product_TN: Tensor  # noqa: N815 # queries and keys turned; before their norm where they have one
-    turned_TN: Tensor  # noqa: N815 # as attention reads them; the same tensor without a norm
+    heads: Heads
+    product_TN: Tensor | None  # noqa: N815
     rstd_heads: tuple[Tensor, Tensor] | None
 
 
@@ -104,9 +131,11 @@ class _Attended:
 
 @dataclass(frozen=True)
 class _GateUp:
+    """The product lies where its gradient is written, over it."""
+
     rstd_T1: Tensor  # noqa: N815
     side_TR: Tensor | None  # noqa: N815
-    product_TE: Tensor  # noqa: N815
+    place: Outgoing
 
 
 def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor, Saved]:
@@ -116,7 +145,7 @@ def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor,
     attended = _Attended(attended.out_TX, attended.kept, side_o_TR)
     gate_up = _gate_up(layer, middle_TD)
     h_TX = layer.down.input_buffer(x_TD)
-    swiglu(gate_up.product_TE, h_TX[:, : layer.down.size_in])
+    swiglu(gate_up.place.gradient_TO, h_TX[:, : layer.down.size_in])
     y_TD, side_down_TR = layer.down.forward(h_TX, middle_TD)
     saved = Saved(x_TD, down_side_TR=side_down_TR)
     if keep <= Keep.RESIDUALS:
@@ -133,26 +162,24 @@ def _project(layer: Layer, x_TD: Tensor, step: Step) -> _Qkv:
     normed_TX = layer.qkv.input_buffer(x_TD)
     rstd_T1 = rms_norm(x_TD, layer.input_norm.weight_D, layer.input_norm.epsilon, normed_TX[:, : layer.qkv.size_in])
     product_TN, side_TR = layer.qkv.forward(normed_TX, None)
-    turned_TN, rstd_heads = product_TN, None
-    if layer.query_norm is not None and layer.key_norm is not None:
-        turned_TN = torch.empty_like(product_TN)
-        q, k, v = _columns(layer)
-        rstd_heads = (
-            rms_norm(product_TN[:, q], layer.query_norm.weight_D, layer.query_norm.epsilon, turned_TN[:, q],
-                     layer.heads),
-            rms_norm(product_TN[:, k], layer.key_norm.weight_D, layer.key_norm.epsilon, turned_TN[:, k],
-                     layer.groups),
-        )  # fmt: skip
-        turned_TN[:, v] = product_TN[:, v]
-    rope_(_turning_heads(layer, turned_TN), step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=False)
-    return _Qkv(rstd_T1, side_TR, product_TN, turned_TN, rstd_heads)
+    heads, sources = layer.heads_alone(product_TN), layer.heads_of(product_TN)
+    turning = (step.cos_PC, step.sin_PC, step.batch.positions_T)
+    if layer.query_norm is None or layer.key_norm is None:
+        turn(sources, heads, *turning, inverse=False)
+        return _Qkv(rstd_T1, side_TR, heads, None, None)
+    q, k = heads[0].flatten(1), heads[1].flatten(1)
+    rstd_heads = (
+        rms_norm(sources[0].flatten(1), layer.query_norm.weight_D, layer.query_norm.epsilon, q, layer.heads),
+        rms_norm(sources[1].flatten(1), layer.key_norm.weight_D, layer.key_norm.epsilon, k, layer.groups),
+    )
+    turn((*heads[:2], sources[2]), heads, *turning, inverse=False)
+    return _Qkv(rstd_T1, side_TR, heads, product_TN, rstd_heads)
 
 
 def _attend(layer: Layer, qkv: _Qkv, step: Step) -> _Attended:
-    out_TX = layer.o.input_buffer(qkv.turned_TN)
-    q, k, v = _heads(layer, qkv.turned_TN)
+    out_TX = layer.o.input_buffer(qkv.heads[0])
     out_THK = out_TX[:, : layer.o.size_in].unflatten(1, (layer.heads, layer.head_size))
-    kept = step.attention.forward(q, k, v, step.batch.segments, layer.attention, out_THK)
+    kept = step.attention.forward(*qkv.heads, step.batch.segments, layer.attention, out_THK)
     return _Attended(out_TX, kept, None)
 
 
@@ -160,8 +187,9 @@ def _gate_up(layer: Layer, middle_TD: Tensor) -> _GateUp:
     normed_TX = layer.gate_up.input_buffer(middle_TD)
     norm = layer.mlp_norm
     rstd_T1 = rms_norm(middle_TD, norm.weight_D, norm.epsilon, normed_TX[:, : layer.gate_up.size_in])
-    product_TE, side_TR = layer.gate_up.forward(normed_TX, None)
-    return _GateUp(rstd_T1, side_TR, product_TE)
+    place = layer.gate_up.output_buffer(middle_TD)
+    _, side_TR = layer.gate_up.forward(normed_TX, None, place.gradient_TO)
+    return _GateUp(rstd_T1, side_TR, place)
 
 
 def _compute_again(layer: Layer, saved: Saved, step: Step) -> None:
@@ -181,85 +209,70 @@ def _compute_again(layer: Layer, saved: Saved, step: Step) -> None:
         saved.gate_up = _gate_up(layer, saved.middle_TD)
 
 
-def backward(layer: Layer, dy_TY: Tensor, saved: Saved, step: Step, below: Layer | None) -> Tensor | None:
-    """Add the adapters' gradients to their masters and return that of the layer's input, in the buffer that the layer
-    `below` wants (None where there is none). `dy_TY` is this layer's own such buffer; it and `saved` are used up."""
+def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer | None) -> Outgoing | None:
+    """Add the adapters' gradients to their masters and return that of the layer's input, where the layer `below` wants
+    it (None where there is none). `dy` is this layer's own such place; it and `saved` are used up."""
     _compute_again(layer, saved, step)
     qkv, attended, gate_up, middle_TD = saved.qkv, saved.attended, saved.gate_up, saved.middle_TD
     assert qkv is not None and attended is not None and gate_up is not None and middle_TD is not None
 
     # -- the MLP -------------------------------------------------------------------------------------------------
-    dy_TD = dy_TY[:, : layer.down.size_out]
-    dh_TF = layer.down.backward(dy_TY, wants_dx=True)
+    dh_TF = layer.down.backward(dy, wants_dx=True)
     assert dh_TF is not None
-    dgate_up_TY = layer.gate_up.output_buffer(dy_TY)
-    dgate_up_TE = dgate_up_TY[:, : layer.gate_up.size_out]
-    h_TF = torch.empty_like(dh_TF) if layer.down.rank else None
-    swiglu_backward(gate_up.product_TE, dh_TF, dgate_up_TE, h_TF)
-    layer.down.add_gradients(dy_TY, h_TF, saved.down_side_TR)
-    del dh_TF, h_TF
+    dgate_up = gate_up.place
+    swiglu_backward(dgate_up.gradient_TO, dh_TF, dgate_up.gradient_TO, dh_TF if layer.down.rank else None)
+    layer.down.add_gradients(dy, dh_TF, saved.down_side_TR)  # dh_TF is the MLP's input by now
+    del dh_TF
     normed_TD = _normed_again(layer.mlp_norm, middle_TD) if layer.gate_up.rank else None
-    dnormed_TD = layer.gate_up.backward(dgate_up_TY, wants_dx=True)
+    dnormed_TD = layer.gate_up.backward(dgate_up, wants_dx=True)
     assert dnormed_TD is not None
-    layer.gate_up.add_gradients(dgate_up_TY, normed_TD, gate_up.side_TR)
-    dmiddle_TY = layer.o.output_buffer(dnormed_TD)
-    dmiddle_TD = dmiddle_TY[:, : layer.o.size_out]
-    rms_norm_backward(dnormed_TD, middle_TD, layer.mlp_norm.weight_D, gate_up.rstd_T1, dy_TD, dmiddle_TD)
-    del dgate_up_TY, dgate_up_TE, dnormed_TD, normed_TD, gate_up, dy_TY, dy_TD
+    layer.gate_up.add_gradients(dgate_up, normed_TD, gate_up.side_TR)
+    dmiddle = layer.o.output_buffer(dnormed_TD)
+    rms_norm_backward(
+        dnormed_TD, middle_TD, layer.mlp_norm.weight_D, gate_up.rstd_T1, dy.gradient_TO, dmiddle.gradient_TO
+    )
+    saved.gate_up = None
+    del dgate_up, dnormed_TD, normed_TD, gate_up, dy
 
     # -- attention -----------------------------------------------------------------------------------------------
     out_TQ = attended.out_TX[:, : layer.o.size_in]
-    dout_TQ = layer.o.backward(dmiddle_TY, wants_dx=True)
+    dout_TQ = layer.o.backward(dmiddle, wants_dx=True)
     assert dout_TQ is not None
-    layer.o.add_gradients(dmiddle_TY, out_TQ, attended.side_TR)
-    dqkv_TY = layer.qkv.output_buffer(dout_TQ)
-    dqkv_TN = dqkv_TY[:, : layer.qkv.size_out]
+    layer.o.add_gradients(dmiddle, out_TQ, attended.side_TR)
     by_head = (layer.heads, layer.head_size)
+    dheads = layer.heads_alone(dout_TQ)
     step.attention.backward(
         dout_TQ.unflatten(1, by_head),
-        *_heads(layer, qkv.turned_TN),
+        *qkv.heads,
         out_TQ.unflatten(1, by_head),
         attended.kept,
         step.batch.segments,
         layer.attention,
-        _heads(layer, dqkv_TN),
+        dheads,
     )
-    rope_(_turning_heads(layer, dqkv_TN), step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=True)
+    dqkv = layer.qkv.output_buffer(dout_TQ)
+    parts = layer.heads_of(dqkv.gradient_TO)
+    turn(dheads, parts, step.cos_PC, step.sin_PC, step.batch.positions_T, inverse=True)
     if layer.query_norm is not None and layer.key_norm is not None and qkv.rstd_heads is not None:
-        norms = zip(_columns(layer)[:2], (layer.query_norm, layer.key_norm), qkv.rstd_heads, strict=True)
+        assert qkv.product_TN is not None
+        norms = zip(layer.columns[:2], (layer.query_norm, layer.key_norm), qkv.rstd_heads, strict=True)
         for columns, norm, rstd_TG in norms:
-            part_TN = dqkv_TN[:, columns]
+            part_TN = dqkv.gradient_TO[:, columns]
             rms_norm_backward(part_TN, qkv.product_TN[:, columns], norm.weight_D, rstd_TG, None, part_TN)
     saved.attended = None
     normed_TD = _normed_again(layer.input_norm, saved.x_TD) if layer.qkv.rank else None
-    dnormed_TD = layer.qkv.backward(dqkv_TY, wants_dx=below is not None)
-    layer.qkv.add_gradients(dqkv_TY, normed_TD, qkv.side_TR)
+    dnormed_TD = layer.qkv.backward(dqkv, wants_dx=below is not None)
+    layer.qkv.add_gradients(dqkv, normed_TD, qkv.side_TR)
     if dnormed_TD is None or below is None:
         return None
-    dx_TY = below.down.output_buffer(dnormed_TD)
-    dx_TD = dx_TY[:, : below.down.size_out]
-    rms_norm_backward(dnormed_TD, saved.x_TD, layer.input_norm.weight_D, qkv.rstd_T1, dmiddle_TD, dx_TD)
-    return dx_TY
+    dx = below.down.output_buffer(dnormed_TD)
+    rms_norm_backward(
+        dnormed_TD, saved.x_TD, layer.input_norm.weight_D, qkv.rstd_T1, dmiddle.gradient_TO, dx.gradient_TO
+    )
+    return dx
 
 
 def _normed_again(norm: Norm, x_TD: Tensor) -> Tensor:
     out_TD = torch.empty_like(x_TD)
     rms_norm(x_TD, norm.weight_D, norm.epsilon, out_TD)
     return out_TD
-
-
-def _columns(layer: Layer) -> tuple[slice, slice, slice]:
-    q, kv = layer.heads * layer.head_size, layer.groups * layer.head_size
-    return slice(0, q), slice(q, q + kv), slice(q + kv, q + 2 * kv)
-
-
-def _heads(layer: Layer, rows_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (T, heads, size), keys and values (T, groups, size): views."""
-    q, k, v = (rows_TN[:, columns].unflatten(1, (-1, layer.head_size)) for columns in _columns(layer))
-    return q, k, v
-
-
-def _turning_heads(layer: Layer, rows_TN: Tensor) -> Tensor:
-    """Queries' and keys' heads side by side: a view."""
-    turning = (layer.heads + layer.groups) * layer.head_size
-    return rows_TN[:, :turning].unflatten(1, (-1, layer.head_size))

@@ -17,6 +17,7 @@ from thriftune.data import Example
 from thriftune.engine.attention import Attention
 from thriftune.engine.packing import cut_by_tokens, pack
 from thriftune.engine.program import Program
+from thriftune.engine.read import follow_adapters
 from thriftune.engine.room import Room
 from thriftune.engine.sizes import Keep
 from thriftune.errors import DoesNotFitError
@@ -81,10 +82,16 @@ class EnginePath:
             return {}
         return {"keep": int(self.keep), "most_tokens": self.most_tokens}
 
+    def measured(self) -> dict[str, float]:
+        return {}
+
     def resume(self, state: Mapping[str, int | bool]) -> None:
         """As the checkpoint was left."""
         if "keep" in state and "most_tokens" in state:
             self.keep, self.most_tokens = Keep(int(state["keep"])), int(state["most_tokens"])
+
+    def parameters_changed(self) -> None:
+        follow_adapters(self.program)
 
     def _choose(self) -> tuple[Keep, int]:
         """What layers keep, and tokens at once: chosen at the first step for a step of the longest kind there is."""

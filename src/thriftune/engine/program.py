@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from thriftune.engine.head import Head
 from thriftune.engine.layer import Layer, Saved, Step, backward, forward
 from thriftune.engine.packing import PackedBatch
 from thriftune.engine.sizes import Keep, ProgramSizes
+from thriftune.engine.weights import Outgoing
 from thriftune.kernels.copies import Copies
+from thriftune.kernels.fp8 import Sides
 
 
 @dataclass(frozen=True)
@@ -34,28 +37,43 @@ class Program:
     layers: Sequence[Layer]
     angles: Angles
     head: Head
-    _copies: dict[int, Copies] = field(default_factory=dict)  # by the number of stacks with a buffer of their own
+    base: Any  # the model that it was read from
+    rank_multiple: int
+    _copies: dict[int, tuple[Copies, Sides]] = field(default_factory=dict)  # by how many stacks have their own memory
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the layers' frozen products are in 8-bit floats."""
+        return self.layers[0].qkv.fp8 is not None
 
     @property
     def sizes(self) -> ProgramSizes:
         vocabulary, width = self.embedding_VD.shape
         kinds = Counter(layer.sizes for layer in self.layers)
-        return ProgramSizes(list(kinds.items()), width, vocabulary, self.embedding_VD.element_size())
+        return ProgramSizes(list(kinds.items()), width, vocabulary, self.embedding_VD.element_size(), self.fp8)
 
     def copy_masters(self) -> None:
         """Take over the adapters' present values. To be called after each change of them."""
-        held = [stack for layer in self.layers for stack in layer.stacks if not stack.shared]
-        copies = self._copies.get(len(held))
-        if copies is None:
-            copies = self._copies[len(held)] = Copies([copy for stack in held for copy in stack.copies()])
-        copies()
+        stacks = [stack for layer in self.layers for stack in layer.stacks]
+        own = [stack for stack in stacks if not stack.shared]
+        if len(own) not in self._copies:
+            # The 16-bit copies of a stack with products in 8 bits are always its own.
+            places = [copy for stack in stacks if not stack.shared or stack.fp8 for copy in stack.copies()]
+            sides = [side for stack in own if stack.fp8 is not None for side in stack.fp8.sides(stack.parts)]
+            self._copies[len(own)] = Copies(places), Sides(sides)
+        for copying in self._copies[len(own)]:
+            copying()
+
+    def forget_copies(self) -> None:
+        """To be called when stacks have other factors or buffers than before."""
+        self._copies.clear()
 
     def let_go(self) -> bool:
         """Give up the unpacked copies of 4-bit layers; whether there were any."""
         held = [stack for layer in self.layers for stack in layer.stacks if stack.packed and not stack.shared]
         for stack in held:
             stack.let_go()
-        self._copies.clear()
+        self.forget_copies()
         return bool(held)
 
     def add_gradients(self, batch: PackedBatch, scale: float, keep: Sequence[Keep], attention: Attention) -> Tensor:
@@ -66,17 +84,19 @@ class Program:
             x_TD = self.embedding_VD[batch.tokens_T]
             saved: list[Saved] = []
             for layer, kept in zip(self.layers, keep, strict=True):
-                layer.acquire()
+                layer.acquire_forward()
                 x_TD, of_layer = forward(layer, x_TD, step, kept)
                 saved.append(of_layer)
                 del of_layer  # or what the last layer kept would stay to the end
-            top = self.layers[-1].down
-            dx_TY = top.output_buffer(x_TD)
-            loss = self.head.loss_and_gradient(x_TD, batch, scale, dx_TY[:, : top.size_out])
+            dy: Outgoing | None = self.layers[-1].down.output_buffer(x_TD)
+            assert dy is not None
+            loss = self.head.loss_and_gradient(x_TD, batch, scale, dy.gradient_TO)
             del x_TD
-            for layer, below in zip(reversed(self.layers), [*reversed(self.layers[:-1]), None], strict=True):
-                layer.acquire()
-                dx_TY = backward(layer, dx_TY, saved.pop(), step, below)
+            downwards = zip(reversed(self.layers), reversed(keep), [*reversed(self.layers[:-1]), None], strict=True)
+            for layer, kept, below in downwards:
+                layer.acquire_backward(kept)
+                assert dy is not None
+                dy = backward(layer, dy, saved.pop(), step, below)
             return loss
 
     def loss(self, batch: PackedBatch, attention: Attention) -> Tensor:
@@ -85,6 +105,6 @@ class Program:
             step = Step(batch, self.angles.cos_PC, self.angles.sin_PC, attention)
             x_TD = self.embedding_VD[batch.tokens_T]
             for layer in self.layers:
-                layer.acquire()
+                layer.acquire_forward()
                 x_TD, _ = forward(layer, x_TD, step, Keep.INPUT)
             return self.head.loss(x_TD, batch)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from thriftune.engine.attention import Kind
+from thriftune.engine.fp8 import Fp8Values, fp8_to_be_read, read_fp8
 from thriftune.engine.head import Head
 from thriftune.engine.layer import Layer, Norm
+from thriftune.engine.part import Part
 from thriftune.engine.program import Angles, Program
 from thriftune.engine.sizes import Keep, working_bytes
 from thriftune.engine.takes import DOWN, GATE_UP, LINEARS, OUT, QKV, why_not_model
-from thriftune.engine.weights import Part, Stack, padded_rank
+from thriftune.engine.weights import Stack, padded_rank
 from thriftune.kernels.four_bit import FourBit
 
 
@@ -68,13 +70,13 @@ def _why_not_adapter(module: Any) -> str | None:
     return None
 
 
-def read_program(model: nn.Module, longest: int, rank_multiple: int) -> Program:
-    """The program of a model for which `why_not` is None; `longest` is the longest row it will see, in
-    tokens; ranks are padded to a multiple of `rank_multiple`."""
+def read_program(model: nn.Module, longest: int, rank_multiple: int, fp8: bool) -> Program:
+    """The program of a model for which `why_not` is None; `longest` is the longest row it will see, in tokens; ranks
+    are padded to a multiple of `rank_multiple`; with `fp8` the frozen products of the layers are in 8-bit floats."""
     base = base_of(model)
     inner, config = base.model, base.config
     with torch.no_grad():
-        shared = SharedBuffers(rank_multiple, inner.embed_tokens.weight)
+        shared = SharedBuffers(rank_multiple, base.lm_head.weight, fp8)  # the embedding may lie on the host
         layers = [_layer(module, config, shared) for module in inner.layers]
         _find_traces([stack for layer in layers for stack in layer.stacks if stack.shared])
         weight_VD = base.lm_head.weight
@@ -88,9 +90,44 @@ def read_program(model: nn.Module, longest: int, rank_multiple: int) -> Program:
         head=Head(
             _norm(inner.norm),
             weight_VD.detach(),
-            max(working_bytes(layer.sizes, Keep.ALL, weight_VD.element_size()) for layer in layers),
+            max(working_bytes(layer.sizes, Keep.ALL, weight_VD.element_size(), fp8) for layer in layers),
         ),
+        base=base,
+        rank_multiple=rank_multiple,
     )
+
+
+def follow_adapters(program: Program) -> None:
+    """Take over the adapters as the model has them now: with other factors, of other ranks, or gone. Buffers change
+    their size one after the other, so that never two models lie in memory. Not with products in 8-bit floats."""
+    assert not program.fp8, "recipes with ranks that change refuse precision=fp8"
+    found: list[tuple[Stack, list[Part]]] = []
+    for layer, module in zip(program.layers, program.base.model.layers, strict=True):
+        parents = (module.self_attn, module.self_attn, module.mlp, module.mlp)
+        for stack, parent, names in zip(layer.stacks, parents, (QKV, OUT, GATE_UP, DOWN), strict=True):
+            found.append((stack, _parts(parent, names)))
+    ranks = {id(stack): padded_rank(parts, program.rank_multiple) for stack, parts in found}
+    for members in _that_share([stack for stack, _ in found]):
+        largest = max(ranks[id(stack)] for stack in members)
+        ranks.update({id(stack): largest for stack in members})
+    with torch.no_grad():
+        shared = SharedBuffers(program.rank_multiple, program.embedding_VD, fp8=False)
+        for stack, parts in found:
+            rank, common = ranks[id(stack)], None
+            if stack.packed:
+                common = stack.home if rank == stack.rank else shared.of(stack.size_out, stack.size_in, rank)
+            stack.take_up(parts, rank, common)
+    _find_traces([stack for stack, _ in found if stack.packed])
+    program.forget_copies()
+
+
+def _that_share(stacks: Sequence[Stack]) -> list[list[Stack]]:
+    """The stacks of 4-bit weights, by the buffer that they share."""
+    groups: dict[int, list[Stack]] = {}
+    for stack in stacks:
+        if stack.packed:
+            groups.setdefault(stack.home.data_ptr(), []).append(stack)
+    return list(groups.values())
 
 
 def _layer(module: Any, config: Any, shared: SharedBuffers) -> Layer:
@@ -126,11 +163,14 @@ def _norm(module: Any) -> Norm:
 
 @dataclass
 class SharedBuffers:
-    """What 4-bit layers are unpacked into, one buffer for each size of stack; products are in the type of `like`."""
+    """What 4-bit layers are unpacked into, one buffer for each size of stack; products are in the type of `like`, or
+    with `fp8` in 8-bit floats."""
 
     rank_multiple: int
     like: Tensor
+    fp8: bool
     buffers: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    fp8_values: dict[tuple[int, int, int], Fp8Values] = field(default_factory=dict)
 
     def of(self, size_out: int, size_in: int, rank: int) -> Tensor:
         key = (size_out, size_in, rank)
@@ -138,23 +178,43 @@ class SharedBuffers:
             self.buffers[key] = self.like.new_zeros(size_out + rank, size_in + rank)
         return self.buffers[key]
 
+    def values_of(self, size_out: int, size_in: int, rank: int) -> Fp8Values:
+        key = (size_out, size_in, rank)
+        if key not in self.fp8_values:
+            self.fp8_values[key] = Fp8Values.empty(size_out, size_in, rank, self.like.device)
+        return self.fp8_values[key]
+
 
 def _stack(parent: Any, names: Sequence[str], shared: SharedBuffers) -> Stack:
-    """One stack of linears. 16-bit weights are copied into its buffer, and the linears become views of it."""
+    """One stack of linears. 16-bit weights are copied into its buffer, and the linears become views of it; with
+    products in 8-bit floats the linears keep them."""
     parts = _parts(parent, names)
     linears = [part.linear for part in parts]
     size_in, size_out = linears[0].in_features, parts[-1].rows.stop
     rank = padded_rank(parts, shared.rank_multiple)
-    bias_O = _bias(linears, shared.like)
+    stack = Stack(parts, size_in, size_out, rank, None, _bias(linears, shared.like))
     if hasattr(linears[0].weight, "quant_state"):
-        packed = [FourBit.of(linear.weight) for linear in linears]
-        return Stack(parts, size_in, size_out, rank, shared.of(size_out, size_in, rank), bias_O, packed, True)
-    buffer_YX = shared.like.new_zeros(size_out + rank, size_in + rank)
-    for part in parts:
-        place = buffer_YX[part.rows, :size_in]
-        place.copy_(part.linear.weight)
-        part.linear.weight = nn.Parameter(place, requires_grad=False)
-    return Stack(parts, size_in, size_out, rank, buffer_YX, bias_O)
+        # Streamed layers have no weights here: `residency.Streaming` gives them theirs while they are visited.
+        weights = [linear.weight for linear in linears if linear.weight.quant_state is not None]
+        stack.packed, stack.shared = [FourBit.of(weight) for weight in weights], True
+    if shared.fp8:
+        if stack.shared:
+            values = shared.values_of(size_out, size_in, rank)
+        else:
+            values = Fp8Values.empty(size_out, size_in, rank, shared.like.device)
+        if stack.shared and not stack.packed:
+            stack.fp8 = fp8_to_be_read(size_out, size_in, rank, values, shared.like)
+        else:
+            stack.fp8 = read_fp8(parts, stack.packed, size_in, rank, values, shared.like)
+    elif stack.shared:
+        stack.buffer_YX = shared.of(size_out, size_in, rank)
+    else:
+        stack.buffer_YX = shared.like.new_zeros(size_out + rank, size_in + rank)
+        for part in parts:
+            place = stack.buffer_YX[part.rows, :size_in]
+            place.copy_(part.linear.weight)
+            part.linear.weight = nn.Parameter(place, requires_grad=False)
+    return stack
 
 
 def _find_traces(stacks: Sequence[Stack]) -> None:
@@ -162,9 +222,9 @@ def _find_traces(stacks: Sequence[Stack]) -> None:
     layouts: dict[int, set[tuple[Any, ...]]] = {}
     for stack in stacks:
         layout = tuple((part.rows.start, part.ranks.start, part.ranks.stop) for part in stack.parts)
-        layouts.setdefault(stack.buffer_YX.data_ptr(), set()).add(layout)
+        layouts.setdefault(stack.home.data_ptr(), set()).add(layout)
     for stack in stacks:
-        stack.leaves_traces = len(layouts[stack.buffer_YX.data_ptr()]) > 1
+        stack.leaves_traces = len(layouts[stack.home.data_ptr()]) > 1
 
 
 def _parts(parent: Any, names: Sequence[str]) -> list[Part]:

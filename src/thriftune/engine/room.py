@@ -37,10 +37,15 @@ class Room:
         return max(max(map(len, examples)), min(4 * self.step_tokens, (free - CHUNK_BYTES) // a_token))
 
     def _free_bytes(self) -> int | None:
-        """What can still be allocated; None where it is not counted (a computer's own memory)."""
-        if self.device.type != "cuda":
-            return None
-        free, total = torch.cuda.mem_get_info(self.device)
-        spare = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        limit = int(total * torch.cuda.get_per_process_memory_fraction(self.device))
-        return without_spare(min(free + spare, limit - torch.cuda.memory_allocated(self.device)))
+        free = free_bytes(self.device)
+        return None if free is None else without_spare(free)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated; None where it is not counted (a computer's own memory)."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + spare, limit - torch.cuda.memory_allocated(device))

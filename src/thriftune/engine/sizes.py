@@ -16,12 +16,16 @@ STATISTICS_BYTES = 4  # a float32 for each norm, and for each head's softmax
 CHUNK_BYTES = 512 * 1024**2
 FEWEST_ROWS = 128
 # Left for what is not counted: the attention kernel's workspace, fragments, cuBLAS.
-SPARE_SHARE = 0.06
-SPARE_BYTES = 256 * 1024**2
-# A stack's rank is padded to this: a GPU's products like rows of whole 128 bytes, a CPU's mind padding more.
+SPARE_SHARE = 0.04
+SPARE_BYTES = 96 * 1024**2
+# A stack's rank is padded to this: a GPU's products like rows of whole 128 bytes, a CPU's mind padding more. Products
+# in 8-bit floats have the adapters' columns apart, and want whole 16 bytes.
 RANK_MULTIPLE = {"cuda": 64, "cpu": 16}
-# Bytes a trained parameter that a step's gradient and the optimizer's states take: float32 ones, and 8-bit states.
-LATER_BYTES = {"adamw_torch": 12, "paged_adamw_32bit": 12, "adamw_8bit": 6, "paged_adamw_8bit": 6}
+FP8_MULTIPLE = 16
+FP8_PLACES = 3  # of each of an adapter's numbers beside an 8-bit weight
+# Bytes a trained parameter that a step's gradient and the optimizer's states take in PyTorch's allocator: gradients are
+# float32; paged states lie elsewhere.
+LATER_BYTES = {"adamw_torch": 12, "paged_adamw_32bit": 5, "adamw_8bit": 7, "paged_adamw_8bit": 5}
 
 
 class Keep(IntEnum):
@@ -59,6 +63,17 @@ class StackSizes:
     def buffer(self) -> int:
         return (self.size_out + self.rank) * (self.size_in + self.rank)
 
+    @property
+    def fp8_bytes(self) -> int:
+        """Of the weight in 8-bit floats in its two layouts, with the adapters' columns."""
+        beside = FP8_PLACES * self.rank
+        return self.size_out * (self.size_in + beside) + self.size_in * (self.size_out + beside)
+
+    @property
+    def copies(self) -> int:
+        """Elements of the adapters' 16-bit copies alone."""
+        return self.rank * (self.size_in + self.size_out)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
@@ -90,6 +105,7 @@ class ProgramSizes:
     width: int
     vocabulary: int
     element: int
+    fp8: bool
 
     def kept_bytes(self, keep: Keep) -> int:
         """A token, all layers together."""
@@ -97,7 +113,7 @@ class ProgramSizes:
 
     def working_bytes(self, keep: Keep) -> int:
         """A token, in the layer that needs most."""
-        return max(working_bytes(layer, keep, self.element) for layer, _ in self.layers)
+        return max(working_bytes(layer, keep, self.element, self.fp8) for layer, _ in self.layers)
 
     def rows_at_once(self, tokens: int) -> int:
         """Positions whose logits are made together in a batch of so many tokens."""
@@ -112,6 +128,8 @@ class ProgramSizes:
     @property
     def unpacked_bytes(self) -> int:
         """Of the largest layer of 4-bit weights, in the type of its products."""
+        if self.fp8:
+            return max(sum(stack.fp8_bytes for stack in layer.stacks) for layer, _ in self.layers)
         return max(layer.buffers for layer, _ in self.layers) * self.element
 
     @property
@@ -132,20 +150,30 @@ def kept_bytes(layer: LayerSizes, keep: Keep, element: int) -> int:
         found += (1 + layer.heads) * STATISTICS_BYTES
         found += (layer.heads + layer.groups) * STATISTICS_BYTES if layer.head_norms else 0
     if keep == Keep.ALL:
-        found += (layer.gate_up.size_out + layer.gate_up.rank) * element + STATISTICS_BYTES
+        found += (_gate_up(layer) + layer.gate_up.rank) * element + STATISTICS_BYTES
     return found
 
 
-def working_bytes(layer: LayerSizes, keep: Keep, element: int) -> int:
+def _gate_up(layer: LayerSizes) -> int:
+    """Of a token: the gate's and up's product with its side columns, over which their gradient is written."""
+    return layer.gate_up.size_out + layer.gate_up.rank
+
+
+def working_bytes(layer: LayerSizes, keep: Keep, element: int, fp8: bool) -> int:
     """Bytes a token that live at once, besides what is kept, while a layer runs backward: the largest moment of it."""
     missing = kept_bytes(layer, Keep.ALL, element) - kept_bytes(layer, keep, element)
     width, mlp, queries = layer.qkv.size_in, layer.down.size_in, layer.o.size_in
-    # dy with its side columns; the gate's and up's gradient; the MLP's input and its gradient, before and after it
-    in_mlp = (width + layer.down.rank) + (layer.gate_up.size_out + layer.gate_up.rank) + 2 * mlp
-    in_norm = (width + layer.down.rank) + (layer.gate_up.size_out + layer.gate_up.rank) + 3 * width + layer.o.rank
-    # the gradient of attention's result and of queries, keys and values, and cuDNN's float32 sums of three of them
-    in_attention = width + layer.o.rank + queries + layer.qkv.size_out + layer.qkv.rank + 6 * queries
-    return missing + (max(in_mlp, in_norm, in_attention) + width) * element
+    dy, dmiddle = width + layer.down.rank, width + layer.o.rank  # with their side columns
+    in_mlp = dy + mlp  # the gradient of the MLP's input, over which that input is written
+    in_norm = dy + 2 * width + dmiddle
+    # The gradient of attention's result and of queries, keys and values, and cuDNN's float32 sums of three of them; the
+    # gate's and up's product is gone.
+    in_attention = dmiddle + queries + layer.qkv.size_out + 6 * queries - _gate_up(layer)
+    found = missing + (max(in_mlp, in_norm, in_attention) + width) * element
+    if fp8:  # the largest product's factor in 8 bits, beside what is there then
+        factor = layer.gate_up.size_out + FP8_PLACES * layer.gate_up.rank
+        found = max(found, missing + (dy + 2 * width) * element + factor)
+    return found
 
 
 def head_rows(row_bytes: int, tokens: int, spare_bytes: int) -> int:
@@ -153,8 +181,19 @@ def head_rows(row_bytes: int, tokens: int, spare_bytes: int) -> int:
     return max(FEWEST_ROWS, min(CHUNK_BYTES, tokens * spare_bytes) // row_bytes)
 
 
+def rank_multiple(device: str, fp8: bool) -> int:
+    """What ranks are padded to on a device of this type ("cuda", "cpu")."""
+    return FP8_MULTIPLE if fp8 else RANK_MULTIPLE[device]
+
+
 def padded(rank: int, multiple: int) -> int:
     return -(-rank // multiple) * multiple
+
+
+def gradient_rows(ranks: int) -> int:
+    """Rows of the one product that has the gradients of a stack's A factors; `ranks` is the sum of theirs. Not the
+    padded rank: of adapters whose rank was cut more than half of that may be padding."""
+    return padded(ranks, 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from thriftune.engine.sizes import FP8_MULTIPLE
 from thriftune.recipe import LoraRecipe, Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 QKV, OUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+FP8_FROM = (8, 9)  # compute capability
 LINEARS = (*QKV, *OUT, *GATE_UP, *DOWN)
 
 
@@ -22,6 +26,17 @@ def why_not_model(model_type: str, activation: str, rope_type: str) -> str | Non
     if rope_type not in ROPE_TYPES:
         return f"rope of type {rope_type} depends on the rows' length"
     return None
+
+
+def why_not_fp8(capability: tuple[int, int] | None, sizes: Iterable[int]) -> str | None:
+    """Why a model's linears, of these sizes, cannot be multiplied in 8-bit floats on a GPU of this compute capability
+    (None: on a CPU, where the same numbers are computed slowly); None when they can."""
+    if capability is not None and capability < FP8_FROM:
+        return "this GPU has no products in 8-bit floats (Ada, Hopper and newer have)"
+    odd = next((size for size in sizes if size % FP8_MULTIPLE), None)
+    return (
+        None if odd is None else f"a linear of this model has a side of {odd}, which is no multiple of {FP8_MULTIPLE}"
+    )
 
 
 def why_not_method(recipe: Recipe, method: str) -> str | None:

@@ -17,12 +17,14 @@ from thriftune.engine.takes import FAMILIES
 from thriftune.kernels.copies import Copies, Copy
 from thriftune.kernels.cross_entropy import cross_entropy_
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
+from thriftune.kernels.fp8 import E4M3, Side, Sides, quantise_rows, unpack_to_columns, unpack_to_rows
 from thriftune.kernels.launch import has_triton
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
-from thriftune.kernels.rope import rope_
+from thriftune.kernels.rope import turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
 
 ROWS = 16
+_one_at_a_time = threading.Lock()  # in Triton's compiler
 
 
 @dataclass
@@ -36,23 +38,28 @@ class Warming:
             self.thread.join()
 
 
-def start_warming(config: Mapping[str, Any], device: torch.device, four_bit: bool, rank_multiple: int) -> Warming:
+def start_warming(
+    config: Mapping[str, Any], device: torch.device, four_bit: bool, fp8: bool, rank_multiple: int
+) -> Warming:
     """Start it for a model's config.json, where the engine may take the model and runs on Triton there."""
     if device.type != "cuda" or not has_triton() or config.get("model_type") not in FAMILIES:
         return Warming(None)
     thread = threading.Thread(
-        target=_run_each_kernel, args=(dict(config), device, four_bit, rank_multiple), name="warming", daemon=True
+        target=_run_each_kernel, args=(dict(config), device, four_bit, fp8, rank_multiple), name="warming", daemon=True
     )
     thread.start()
     return Warming(thread)
 
 
-def _run_each_kernel(config: dict[str, Any], device: torch.device, four_bit: bool, rank_multiple: int) -> None:
+def _run_each_kernel(
+    config: dict[str, Any], device: torch.device, four_bit: bool, fp8: bool, rank_multiple: int
+) -> None:
     width, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     size = config.get("head_dim") or width // heads
     epsilon = float(config.get("rms_norm_eps", 1e-6))
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.no_grad():
+    stream = torch.cuda.Stream(device)
+    with _one_at_a_time, torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
 
         def rows(columns: int) -> torch.Tensor:
             whole = torch.zeros(ROWS, columns + rank_multiple, dtype=torch.bfloat16, device=device)
@@ -66,18 +73,36 @@ def _run_each_kernel(config: dict[str, Any], device: torch.device, four_bit: boo
             rstd = rms_norm(rows(heads * size), of_head, epsilon, rows(heads * size), heads)
             rms_norm_backward(rows(heads * size), rows(heads * size), of_head, rstd, None, rows(heads * size))
         angles = torch.zeros(ROWS, size // 2, dtype=torch.bfloat16, device=device)
-        turning = rows((heads + groups) * size).unflatten(1, (heads + groups, size))
+        q, k, v = (rows(count * size).contiguous().unflatten(1, (count, size)) for count in (heads, groups, groups))
         for inverse in (False, True):
-            rope_(turning, angles, angles, torch.arange(ROWS, device=device), inverse)
+            turn((q, k, v), (q, k, v.clone()), angles, angles, torch.arange(ROWS, device=device), inverse)
         gate_up, h = rows(2 * inner).contiguous(), rows(inner).contiguous()
         swiglu(gate_up, rows(inner))
         swiglu_backward(gate_up, h, rows(2 * inner), h)
         logits = torch.zeros(ROWS, config["vocab_size"], dtype=torch.bfloat16, device=device)
         cross_entropy_(logits, torch.zeros(ROWS, dtype=torch.int64, device=device), 1.0)
         Copies([Copy(torch.zeros(ROWS, width, device=device), rows(width), 1.0)])()
-        if four_bit:
+        if four_bit and not fp8:
             unpack_four_bit(_packed(width, device), rows(width))
+        if fp8:
+            _run_each_fp8_kernel(x, inner, four_bit, rank_multiple)
         torch.cuda.current_stream(device).synchronize()
+
+
+def _run_each_fp8_kernel(x: torch.Tensor, inner: int, four_bit: bool, rank: int) -> None:
+    def eight(rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns, dtype=torch.uint8, device=x.device).view(E4M3)
+
+    width, scales = x.shape[1], torch.ones(max(x.shape[1], inner), 1, device=x.device)
+    side, side_scales = x[:, :rank], torch.ones(rank, device=x.device)
+    for size in (width, inner, 2 * inner):  # blocks of these lengths
+        rows = torch.zeros(ROWS, size, dtype=x.dtype, device=x.device)
+        quantise_rows(rows, side, side_scales, eight(ROWS, size + 3 * rank))
+    adapter, beside = torch.zeros(ROWS, rank, device=x.device), eight(ROWS, 3 * rank)
+    Sides([Side(adapter, 1.0, scales, beside[:, :rank], rank, side_scales)])()
+    if four_bit:
+        unpack_to_rows(_packed(width, x.device), scales, eight(ROWS, width + 3 * rank)[:, :width])
+        unpack_to_columns(_packed(width, x.device), scales, eight(width, ROWS + 3 * rank)[:, :ROWS])
 
 
 def _packed(width: int, device: torch.device) -> FourBit:

@@ -1,6 +1,6 @@
 """Scores with their intervals: tasks with right answers, a user's own, the harness's, and the loss on a text."""
 
-from thriftune.evaluate.evaluate import NAMES, check_task, evaluate, file_label
+from thriftune.evaluate.evaluate import NAMES, check_rows, check_task, evaluate, file_label
 from thriftune.evaluate.few_shot import GSM8K_FEW_SHOT
 from thriftune.evaluate.general import GENERAL
 from thriftune.evaluate.harness import HARNESS
@@ -16,6 +16,7 @@ __all__ = [
     "PERPLEXITY",
     "TASKS",
     "Task",
+    "check_rows",
     "check_task",
     "evaluate",
     "file_label",

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from thriftune.data import load_rows
 from thriftune.errors import InputError
 from thriftune.evaluate.few_shot import GSM8K_FEW_SHOT, score_few_shot
 from thriftune.evaluate.general import GENERAL, score_general
 from thriftune.evaluate.harness import HARNESS, check_harness_task, score_with_harness
-from thriftune.evaluate.own import FORMS, is_own, own_task, score_own
+from thriftune.evaluate.own import FORMS, check_own_rows, is_own, own_task, score_own
 from thriftune.evaluate.perplexity import PERPLEXITY, score_perplexity
 from thriftune.evaluate.rows import score_rows
 from thriftune.evaluate.score import Asked, Score
@@ -100,6 +101,17 @@ def check_task(task: str, data: DataRecipe) -> None:
         own_task(task)
     else:
         _task_called(task, data)
+
+
+def check_rows(task: str, data: DataRecipe, split: str | None) -> None:
+    """Refuse rows that are not there or that a task cannot mark, before a model is loaded. `task` has been checked.
+
+    Raises DataError.
+    """
+    if task in TASKS:
+        load_rows(data, split or TASKS[task].split)
+    elif is_own(task):
+        check_own_rows(own_task(task), data, split)
 
 
 def file_label(task: str) -> str:

@@ -28,7 +28,7 @@ from thriftune.infer.batching import Progress
 from thriftune.infer.generate import decode, generate_rows
 from thriftune.infer.predict import encode_row
 from thriftune.infer.prompts import pad_token_id_of, room_for_answer
-from thriftune.recipe import did_you_mean
+from thriftune.recipe import DataRecipe, did_you_mean
 
 EXACT = "exact:"
 FORMS = ("exact:COLUMN", "FILE.py:FUNCTION")
@@ -67,7 +67,7 @@ def score_own(own: OwnTask, asked: Asked) -> Score:
 
     The first row is asked and marked alone: a mistake in a user's function shows at once and not after an hour.
     """
-    rows = _rows(asked)
+    rows = _rows(asked.data, asked.split)
     indices = draw_subset(len(rows), asked.limit)
     room = room_for_answer(asked.data, asked.model, asked.settings.max_new_tokens)
     stops = stop_token_ids(asked.tokenizer, getattr(asked.model, "generation_config", None), asked.data)
@@ -110,10 +110,17 @@ def score_own(own: OwnTask, asked: Asked) -> Score:
     return Score(own.metric, **value, answers=answers, details=details)
 
 
-def _rows(asked: Asked) -> Rows:
+def check_own_rows(own: OwnTask, data: DataRecipe, split: str | None) -> None:
+    """Refuse rows that cannot be marked, without a model. Raises DataError as `score_own` does."""
+    rows = _rows(data, split)
+    for index in range(len(rows)):
+        own.check(rows, index)
+
+
+def _rows(data: DataRecipe, split: str | None) -> Rows:
     """A single file stands for whatever is to be scored; folders, named sets and the hub have splits."""
-    path = Path(asked.data.path or asked.data.name).expanduser()
-    rows = load_file(str(path)) if path.is_file() else load_rows(asked.data, asked.split or SPLIT)
+    path = Path(data.path or data.name).expanduser()
+    rows = load_file(str(path)) if path.is_file() else load_rows(data, split or SPLIT)
     if not len(rows):
         raise DataError(given=f"{rows.description}: no rows", allowed="at least one row", do="check the source")
     return rows

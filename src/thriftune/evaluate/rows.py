@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thriftune.data import Rows, encode_answer, encode_prompt, load_rows, stop_token_ids
+from thriftune.data import Rows, encode_answer, encode_prompts, load_rows, stop_token_ids
 from thriftune.evaluate.score import ANSWER_SEED, Asked, Score, draw_subset, share
 from thriftune.evaluate.tasks import Task
 from thriftune.infer.classify import classify, reads_prompts_once
@@ -23,7 +23,7 @@ def score_rows(task: Task, asked: Asked) -> Score:
     )
     stops = stop_token_ids(asked.tokenizer, getattr(asked.model, "generation_config", None), asked.data)
     room = room_for_answer(asked.data, asked.model, settings.max_new_tokens)
-    prompts = [encode_prompt(task.prompt(rows.rows[index], room), asked.tokenizer, room) for index in indices]
+    prompts = encode_prompts([task.prompt(rows.rows[index], room) for index in indices], asked.tokenizer, room)
     targets = [task.target(rows.rows[index], room) for index in indices]
     pad = pad_token_id_of(asked.tokenizer)
     chances = None

@@ -61,6 +61,12 @@ class PartialPath:
     def resume(self, state: Mapping[str, int | bool]) -> None:
         self.inner.resume(state)
 
+    def measured(self) -> dict[str, float]:
+        return self.inner.measured()
+
+    def parameters_changed(self) -> None:
+        self.inner.parameters_changed()
+
 
 def without_components_beyond(places: Places, rank: int) -> None:
     """Set the components beyond `rank` to zero: what a site of that rank has under `fedit`."""

@@ -86,7 +86,8 @@ def open_base(prepared: Prepared, output: Path) -> Base:
     )
     model = method.attach(loaded, recipe)
     processes = Processes(0, 1, device)
-    job, reason = with_path(make_job(prepared, method, loaded, model, processes, output, "the same command again"))
+    job = make_job(prepared, method, loaded, model, processes, output, "the same command again")
+    job, reason = with_path(job, None, lambda text: None)
     return Base(loaded, job, job.path or generic_path(job), find_places(model), reason)
 
 
@@ -240,7 +241,7 @@ def eval_loss(base: Base) -> float | None:
     """Mean loss over the recipe's eval rows with the factors that are in the model now; None without such rows."""
     if not base.job.eval_examples:
         return None
-    return mean_loss(base.job, base.job.eval_examples, base.path, lambda text: None)
+    return mean_loss(base.job, base.path, lambda text: None, base.job.eval_examples)
 
 
 def _metrics(

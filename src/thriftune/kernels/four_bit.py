@@ -55,10 +55,11 @@ class FourBit:
         )
 
 
-def unpack_four_bit(weight: FourBit, out_OI: Tensor) -> None:
-    """Write the matrix in `out_OI`'s type; its rows may lie apart."""
+def unpack_four_bit(weight: FourBit, out_OI: Tensor, over_O1: Tensor | None = None) -> None:
+    """Write the matrix in `out_OI`'s type, each row over its number of `over_O1` where that is given (float32); rows of
+    `out_OI` may lie apart."""
     if not runs_triton(out_OI) or weight.columns % weight.block:
-        unpack_four_bit_reference(weight, out_OI)
+        unpack_four_bit_reference(weight, out_OI, over_O1)
         return
     nested = weight.scale_values is not None
     scales = weight.scales
@@ -69,12 +70,14 @@ def unpack_four_bit(weight: FourBit, out_OI: Tensor) -> None:
         weight.scale_values if nested else scales,
         weight.scale_scales if nested else scales,
         weight.scale_offset if nested else scales,
+        scales if over_O1 is None else over_O1,
         out_OI, out_OI.stride(0), weight.columns, weight.scale_block,
-        NESTED=nested, WEIGHTS=weight.block, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
+        NESTED=nested, OVER=over_O1 is not None, WEIGHTS=weight.block, BLOCKS=blocks,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def unpack_four_bit_reference(weight: FourBit, out_OI: Tensor) -> None:
+def unpack_four_bit_reference(weight: FourBit, out_OI: Tensor, over_O1: Tensor | None = None) -> None:
     packed = weight.packed.flatten()
     indices = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: weight.rows * weight.columns]
     scales = weight.scales
@@ -82,7 +85,8 @@ def unpack_four_bit_reference(weight: FourBit, out_OI: Tensor) -> None:
         of_scales = weight.scale_scales.repeat_interleave(weight.scale_block)[: scales.numel()]
         scales = weight.scale_values[scales.long()] * of_scales + weight.scale_offset
     each = scales.repeat_interleave(weight.block)[: indices.numel()]
-    out_OI.copy_((weight.values[indices.long()] * each).unflatten(0, (weight.rows, weight.columns)))
+    whole_OI = (weight.values[indices.long()] * each).unflatten(0, (weight.rows, weight.columns))
+    out_OI.copy_(whole_OI if over_O1 is None else (whole_OI / over_O1).to(out_OI.dtype))
 
 
 @functools.cache

@@ -14,11 +14,13 @@ def unpack(
     scale_values_ptr,
     scale_scales_ptr,
     scale_offset_ptr,
+    over_ptr,
     out_ptr,
     out_stride,
     columns,
     scale_block,
     NESTED: tl.constexpr,
+    OVER: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -39,6 +41,9 @@ def unpack(
     byte = tl.load(packed_ptr + place, mask=inside[:, None], other=0).to(tl.int32)
     high = tl.load(values_ptr + (byte >> 4)) * scale[:, None]
     low = tl.load(values_ptr + (byte & 15)) * scale[:, None]
+    if OVER:
+        over = tl.load(over_ptr + row)
+        high, low = high / over, low / over
     kind = out_ptr.dtype.element_ty
     both = tl.reshape(tl.join(high.to(kind), low.to(kind)), (BLOCKS, WEIGHTS))
     column = block[:, None] * WEIGHTS + tl.arange(0, WEIGHTS)[None, :]

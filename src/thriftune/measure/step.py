@@ -173,7 +173,7 @@ def _engine(job: TrainJob, choice: Choice) -> EnginePath:
             allowed="models and options that the engine takes, or engine=off",
             do=WITHOUT,
         )
-    path = engine_path(job.model, device, job.lengths, sum(job.lengths), 0, "auto")
+    path = engine_path(job.model, device, job.lengths, sum(job.lengths), 0, "auto", job.recipe.precision == "fp8")
     layers = path.program.layers
     for layer in layers[: round(len(layers) * choice.held_share)]:
         layer.hold()

@@ -122,6 +122,8 @@ def _timed(
     say(f"measuring {method} on {device}: {what}")
     started = time.perf_counter()
     try:
+        train = recipe.train.model_copy(update={"optim": candidate.optimizer if candidate.time else recipe.train.optim})
+        recipe = recipe.model_copy(update={"train": train})
         found = measure_step(config, Step(recipe, method, candidate.checkpointing, work, device, candidate.choice))
     except ThriftuneError as error:
         say(f"  not measured: {error.given}")

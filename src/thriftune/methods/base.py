@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A trained parameter that another one takes the place of, or, where `new` is None, none. A gradient of the new one
+    is `left` @ the old one's @ `right`; None stands for the identity."""
+
+    old: nn.Parameter
+    new: nn.Parameter | None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelChange:
+    """What a method did to its model between two steps. `ranks` has those of all adapted modules by name, 0 for what
+    lost its adapter; `share` of the parameters at the start was allowed to stay."""
+
+    share: float
+    ranks: dict[str, int]
+    replacements: list[Replacement]
 
 
 class Method(Protocol):
@@ -30,6 +53,11 @@ class Method(Protocol):
 
         The same seed gives the same start. Raises RecipeError for options the method cannot honour.
         """
+        ...
+
+    def between_steps(self, recipe: Recipe, step: int, steps: int) -> Callable[[nn.Module], ModelChange] | None:
+        """What is to be done to the model after `step` of so many steps, before anything is measured or saved; None for
+        nothing. It may put other parameters in the place of trained ones; there are no gradients then."""
         ...
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -32,6 +32,9 @@ class FullMethod:
         model.requires_grad_(True)
         return model
 
+    def between_steps(self, recipe: Recipe, step: int, steps: int) -> None:
+        return None
+
     def save(self, model: nn.Module, folder: Path) -> None:
         from safetensors.torch import save_file
 

@@ -19,6 +19,7 @@ from thriftune.models import LoadedModel
 from thriftune.recipe import LoraRecipe, Recipe, did_you_mean
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 # What PEFT raises for option values that it cannot use; it checks few of them itself.
 PEFT_REFUSES = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ImportError, re.error)
@@ -137,17 +138,11 @@ class LoraMethod:
                 )
         return problems
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
+    def between_steps(self, recipe: Recipe, step: int, steps: int) -> None:
+        return None
 
-        # Cloned, because weights that are tied share their memory and safetensors writes each byte once.
-        tensors = {
-            name: tensor.detach().cpu().clone().contiguous()
-            for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-        }
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        model.peft_config["default"].save_pretrained(str(folder))
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_adapter(model, folder, model.peft_config["default"])  # type: ignore[index]
 
     def load(self, model: nn.Module, folder: Path) -> None:
         load_adapter_weights(model, folder)
@@ -155,6 +150,20 @@ class LoraMethod:
     def export(self, model: nn.Module, loaded: LoadedModel, folder: Path) -> None:
         self.save(model, folder)
         loaded.tokenizer.save_pretrained(str(folder))
+
+
+def save_adapter(model: nn.Module, folder: Path, config: Any) -> None:
+    """The adapter's tensors and its configuration, as PEFT names them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    # Cloned, because weights that are tied share their memory and safetensors writes each byte once.
+    tensors = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

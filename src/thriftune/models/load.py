@@ -166,12 +166,12 @@ def load_model(
     description = describe_model(model)
     tokenizer = load_tokenizer(model, description.folder)
     network, loading_info = _from_pretrained(model, description, device, dtype, quant)
-    _refuse_unfilled(loading_info, description)
+    refuse_unfilled(loading_info, description)
     network.requires_grad_(False)
     network.eval()
     if quant is not None:
         keep_four_bit_weights_as_they_are(network)
-    _check_vocabulary(network, tokenizer, description.folder)
+    check_vocabulary(network, tokenizer, description.folder)
     return LoadedModel(
         model=network,
         tokenizer=tokenizer,
@@ -199,7 +199,7 @@ def _from_pretrained(
         "local_files_only": True,
         "use_safetensors": True,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # reported and refused by `_refuse_unfilled`, which names them
+        "ignore_mismatched_sizes": True,  # reported and refused by `refuse_unfilled`, which names them
     }
     if device.type == "cuda":
         arguments["device_map"] = {"": device.index or 0}
@@ -242,7 +242,7 @@ def _as_dict(loading_info: Any) -> dict[str, Any]:
     return loading_info if isinstance(loading_info, dict) else vars(loading_info)
 
 
-def _refuse_unfilled(loading_info: dict[str, Any], description: ModelDescription) -> None:
+def refuse_unfilled(loading_info: dict[str, Any], description: ModelDescription) -> None:
     """Raise ModelError for tensors that the architecture has and the files do not have, or have in another shape."""
     missing = sorted(loading_info.get("missing_keys") or [])
     mismatched = sorted(loading_info.get("mismatched_keys") or [])
@@ -261,7 +261,7 @@ def _refuse_unfilled(loading_info: dict[str, Any], description: ModelDescription
         )
 
 
-def _check_vocabulary(network: nn.Module, tokenizer: Any, folder: Path) -> None:
+def check_vocabulary(network: nn.Module, tokenizer: Any, folder: Path) -> None:
     rows = network.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= rows:

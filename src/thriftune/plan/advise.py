@@ -27,6 +27,9 @@ def recommend(planned: Sequence[PlannedMethod], prefer: Prefer) -> tuple[Planned
     chosen, why = _adapter(lora, qlora, prefer)
     if chosen is not None:
         return chosen, [*reasons, *why]
+    dynamic = by_name.get("dynamic")
+    if dynamic is not None and dynamic.fits and lora is None and qlora is None:
+        return dynamic, ["dynamic was asked for, and it fits"]
     if full is not None and full.fits and lora is None and qlora is None:
         return full, ["full fine-tuning was asked for, and it fits"]
     return None, ["no planned method fits", *why]
@@ -174,15 +177,15 @@ def few_rows_warning(rows: int, known: bool) -> str | None:
 
 def paged_optimizer_note(qlora: PlannedMethod | None, gpu: Gpu) -> str | None:
     """A 70B does not fit on 24 GB: 'paged' optimizers page optimizer states (Dettmers et al. 2023, section 3), which an
-    adapter hardly has; the 35 GB of 4-bit weights stay. Streaming layers from the host is what fsdp_qlora's offload
-    does for two such cards (14.9 GiB a card, Answer.AI 2024)."""
+    adapter hardly has; the 35 GB of 4-bit weights stay. Streaming layers from the host does help; it is planned unless
+    the recipe or the number of GPUs forbids it."""
     if qlora is None or qlora.fits or qlora.memory["weights"] <= 0.95 * qlora.usable_bytes:
         return None
     small = " on a card of 24 GB or less" if gpu.memory_bytes <= SMALL_CARD_BYTES else ""
     return (
         f"qlora's weights alone take {format_bytes(qlora.memory['weights'])} of {format_bytes(qlora.usable_bytes)}. "
-        f"A paged optimizer does not help{small}: it pages optimizer states, not weights. Streaming the weights from "
-        "the computer's memory is what would be needed; that is not built in yet"
+        f"A paged optimizer does not help{small}: it pages optimizer states, not weights. Streaming layers from the "
+        "computer's memory is what helps, on one GPU: offload=auto"
     )
 
 

@@ -49,7 +49,7 @@ def _leaves(recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """(dotted place, value, default) of every option."""
     values, defaults = recipe.dump(), Recipe().dump()
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(defaults[name], dict):
             for leaf, inner in value.items():
                 yield f"{name}.{leaf}", inner, defaults[name][leaf]
         else:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from thriftune.catalog.rows import Gpu
 from thriftune.engine.sizes import (
-    RANK_MULTIPLE,
     RECOMPUTING,
     Choice,
     LayerSizes,
@@ -19,15 +18,18 @@ from thriftune.engine.sizes import (
     choose,
     later_bytes,
     padded,
+    rank_multiple,
     without_spare,
 )
 from thriftune.engine.takes import (
     DOWN,
+    FP8_FROM,
     GATE_UP,
     LINEARS,
     OUT,
     QKV,
     why_not_adapter,
+    why_not_fp8,
     why_not_method,
     why_not_model,
 )
@@ -58,7 +60,11 @@ def why_not_engine(shape: ModelShape, recipe: Recipe, method: str, adapter: Adap
     return (
         why_not_method(recipe, method)
         or _why_not_gpu(gpu)
+        or (
+            "its attention kernels take 16-bit numbers" if gpu is not None and recipe.model.dtype == "float32" else None
+        )
         or why_not_model(shape.part_of or shape.model_type, shape.activation, shape.rope)
+        or (_why_not_fp8(shape, gpu) if recipe.precision == "fp8" else None)
         or why_not_adapter(recipe.lora, any(linear.bias for _, linear, _ in shape.linears()))
         or next((f"an adapter on {path}" for path in adapter.ranks if path.rpartition(".")[2] not in LINEARS), None)
     )
@@ -71,6 +77,13 @@ def _why_not_gpu(gpu: Gpu | None) -> str | None:
         return "it runs on CUDA and on CPUs"
     capability = tuple(int(part) for part in (gpu.compute_capability or "").split(".") if part.isdigit())
     return "this GPU has no bfloat16 products" if gpu.flops_bf16 is None or (0,) < capability < OLDEST else None
+
+
+def _why_not_fp8(shape: ModelShape, gpu: Gpu | None) -> str | None:
+    sides = [size for _, linear, _ in shape.linears() for size in (linear.in_features, linear.out_features)]
+    if gpu is None:
+        return why_not_fp8(None, sides)
+    return why_not_fp8((0, 0) if gpu.flops_fp8 is None else FP8_FROM, sides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +101,12 @@ class EngineCase:
 def engine_case(shape: ModelShape, adapter: Adapter, setup: Setup, gpu: Gpu | None) -> EngineCase:
     """Only where the engine takes the model. 16-bit weights lie in the stacks' buffers, whose further rows and columns
     hold the adapters' working copies; 4-bit ones are packed, and the layers share a buffer for each size of stack."""
-    multiple = RANK_MULTIPLE["cpu" if gpu is None else "cuda"]
+    multiple = rank_multiple("cpu" if gpu is None else "cuda", setup.fp8)
     layers = [(_layer(layer, shape.hidden_size, adapter, multiple), len(indices)) for layer, indices in shape.layers]
-    sizes = ProgramSizes(layers, shape.hidden_size, shape.vocab_size, setup.value_bytes)
+    sizes = ProgramSizes(layers, shape.hidden_size, shape.vocab_size, setup.value_bytes, setup.fp8)
     masters, weights = float(adapter.trained * WIDE), weight_bytes(shape, setup)
+    if setup.fp8:
+        return EngineCase(shape, adapter, setup, gpu, sizes, _resident_in_fp8(sizes, setup, masters, weights))
     if setup.method == "qlora":
         kinds = {stack for layer, _ in sizes.layers for stack in layer.stacks}
         shared = float(sizes.element * sum(stack.buffer for stack in kinds))
@@ -100,6 +115,17 @@ def engine_case(shape: ModelShape, adapter: Adapter, setup: Setup, gpu: Gpu | No
     plain = sum(stack.size_in * stack.size_out * count for layer, count in sizes.layers for stack in layer.stacks)
     copies = float(sizes.element * (own - plain))
     return EngineCase(shape, adapter, setup, gpu, sizes, Resident(weights, masters + copies, 0.0))
+
+
+def _resident_in_fp8(sizes: ProgramSizes, setup: Setup, masters: float, weights: float) -> Resident:
+    """Adapters' 16-bit copies are every layer's own. 16-bit weights have both 8-bit layouts beside them; 4-bit ones are
+    unpacked into such layouts, which the layers share."""
+    stacks = [(stack, count) for layer, count in sizes.layers for stack in layer.stacks]
+    copies = sizes.element * sum(count * stack.copies for stack, count in stacks)
+    if setup.method == "qlora":
+        shared = float(sum(stack.fp8_bytes for stack in {stack for stack, _ in stacks}))
+        return Resident(weights, masters + copies, shared)
+    return Resident(weights + sum(count * stack.fp8_bytes for stack, count in stacks), masters + copies, 0.0)
 
 
 def _layer(layer: Layer, hidden: int, adapter: Adapter, multiple: int) -> LayerSizes:
@@ -120,7 +146,7 @@ def engine_choice(case: EngineCase, recipe: Recipe, packed: Packed, usable: int)
     free = None
     if case.gpu is not None:
         free = without_spare(round(usable - outside(case.gpu)[0] - case.resident.total))
-    later = later_bytes(recipe.train.optim, case.adapter.trained)
+    later = later_bytes(case.setup.optimizer, case.adapter.trained)
     found = choose(case.sizes, free, packed.largest, packed.longest, later, most, least)
     return found if case.resident.unpacked else replace(found, held=0)  # of 16-bit layers nothing is unpacked
 

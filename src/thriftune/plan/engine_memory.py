@@ -6,7 +6,7 @@ that is what its code holds. Notation in comments: T tokens at once, N positions
 
 from __future__ import annotations
 
-from thriftune.engine.sizes import Choice, Keep, LayerSizes, kept_bytes, working_bytes
+from thriftune.engine.sizes import Choice, Keep, LayerSizes, ProgramSizes, gradient_rows, kept_bytes, working_bytes
 from thriftune.engine.takes import DOWN, GATE_UP, OUT, QKV
 from thriftune.plan.engine import EngineCase
 from thriftune.plan.memory import FRAGMENTS_FIXED, WIDE, optimizer_states, outside
@@ -61,24 +61,24 @@ def _moments(case: EngineCase, choice: Choice, packed: Packed) -> list[dict[str,
             "gradients": before,
         },
         {
-            "activations": kept + tokens * working_bytes(last, choice.keep, element),
+            "activations": kept + tokens * working_bytes(last, choice.keep, element, sizes.fp8),
             "gradients": before,
         },
-        {"activations": float(tokens * _one_layer(first, choice.keep, element)), "gradients": gradients},
+        {"activations": float(tokens * _one_layer(first, choice.keep, sizes)), "gradients": gradients},
     ]
 
 
-def _one_layer(layer: LayerSizes, keep: Keep, element: int) -> int:
-    return kept_bytes(layer, keep, element) + working_bytes(layer, keep, element)
+def _one_layer(layer: LayerSizes, keep: Keep, sizes: ProgramSizes) -> int:
+    return kept_bytes(layer, keep, sizes.element) + working_bytes(layer, keep, sizes.element, sizes.fp8)
 
 
 def gradient_bytes(case: EngineCase) -> float:
-    """The gradients of a stack's A factors are parts of one product, which has the padded rank."""
+    """The gradients of a stack's A factors are parts of one product."""
     found = 0
     for (layer, indices), (stacks, _) in zip(case.shape.layers, case.sizes.layers, strict=True):
         for names, stack in zip((QKV, OUT, GATE_UP, DOWN), stacks.stacks, strict=True):
-            ranked = sum(
-                case.adapter.rank_of(linear) * linear.out_features for linear in layer.linears if linear.name in names
-            )
-            found += len(indices) * (stack.rank * stack.size_in + ranked)
+            ranks = [(case.adapter.rank_of(linear), linear) for linear in layer.linears if linear.name in names]
+            of_b = sum(rank * linear.out_features for rank, linear in ranks)
+            of_a = gradient_rows(sum(rank for rank, _ in ranks)) * stack.size_in
+            found += len(indices) * (of_a + of_b)
     return float(WIDE * found)

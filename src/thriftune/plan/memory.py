@@ -49,25 +49,29 @@ class Setup:
     double_quant: bool
     dropout: float
     eager_attention: bool
+    fp8: bool
 
 
-def optimizer_of(recipe: Recipe, method: str, on_gpu: bool) -> str:
-    """What `train.optim=auto` becomes, as train/optim.py decides it."""
+def optimizers_of(recipe: Recipe, method: str, on_gpu: bool) -> tuple[str, ...]:
+    """What `train.optim=auto` may become, the one that takes least memory last. Paged 8-bit states save memory and cost
+    time, for bitsandbytes steps each tensor by itself."""
     if recipe.train.optim != "auto":
-        return recipe.train.optim
-    return "paged_adamw_8bit" if method == "qlora" and on_gpu else "adamw_torch"
+        return (recipe.train.optim,)
+    return ("adamw_torch", "paged_adamw_8bit") if method == "qlora" and on_gpu else ("adamw_torch",)
 
 
-def setup_of(recipe: Recipe, method: str, checkpointing: bool, on_gpu: bool) -> Setup:
+def setup_of(recipe: Recipe, method: str, checkpointing: bool, on_gpu: bool, optimizer: str | None = None) -> Setup:
+    """With the `optimizer` of this name; without one, that of `optimizers_of` which takes least memory."""
     wide = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and not on_gpu)
     return Setup(
         method=method,
         checkpointing=checkpointing,
-        optimizer=optimizer_of(recipe, method, on_gpu),
+        optimizer=optimizer or optimizers_of(recipe, method, on_gpu)[-1],
         value_bytes=WIDE if wide else HALF,
         double_quant=recipe.quant.bnb_4bit_use_double_quant,
         dropout=recipe.lora.dropout if method != "full" else 0.0,
         eager_attention=recipe.model.attn_implementation == "eager",
+        fp8=recipe.precision == "fp8",
     )
 
 

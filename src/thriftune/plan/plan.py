@@ -19,7 +19,6 @@ from thriftune.plan.advise import (
 )
 from thriftune.plan.command import PINNED, train_command
 from thriftune.plan.cost import Market, price_notes, run_dollars
-from thriftune.plan.memory import optimizer_of
 from thriftune.plan.search import (
     Candidate,
     Case,
@@ -32,10 +31,12 @@ from thriftune.plan.search import (
 )
 from thriftune.plan.time import efficiency_of
 from thriftune.plan.values import Work
+from thriftune.recipe import cut_schedule
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
 from thriftune.units import format_bytes
 
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora")  # that are planned when none is named
+KNOWN_METHODS = (*METHODS, "dynamic")
 NO_TIME = "not estimated"  # limited_by where there is no GPU
 NO_CPU_TIME = "time is not estimated for CPUs; `thriftune plan --measure` times a few layers on this one"
 
@@ -132,7 +133,7 @@ def plan_method(
     case: Case, method: str, device: Device, market: Market, stopwatch: Stopwatch | None = None
 ) -> PlannedMethod:
     """One method with the best settings that the recipe leaves open; the smallest ones when nothing fits."""
-    adapter = adapter_of(case.shape, case.recipe.lora, method)
+    adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     reason = case.engine_reason(method, device, adapter)
     chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
     fits = chosen.memory.peak_bytes <= device.usable_bytes
@@ -141,7 +142,11 @@ def plan_method(
     notes = (
         _settings_notes(case, method, chosen, reason) if fits else _what_would_fit(case, method, device, chosen, market)
     )
-    if stopwatch is not None and fits:
+    if method == "dynamic":
+        notes = [*notes, _cuts_note(case, work.steps)]
+    if stopwatch is not None and fits and chosen.streamed is not None:
+        notes = [*notes, "was not measured: a few layers do not tell how transfers of all of them hide"]
+    elif stopwatch is not None and fits:
         timed = stopwatch(method, chosen)
         step_s = step_s if timed.step_s is None else timed.step_s
         notes = [*notes, timed.note]
@@ -166,7 +171,7 @@ def plan_method(
         run_s=run_s,
         cost_usd=cost,
         limited_by=time.limited_by if time else NO_TIME,
-        settings=chosen.settings(case.recipe, optimizer_of(case.recipe, method, device.gpu is not None)),
+        settings=chosen.settings(case.recipe),
         path=chosen.path,
         least_bytes=chosen.least_bytes,
         notes=notes,
@@ -175,6 +180,8 @@ def plan_method(
 
 def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str | None) -> list[str]:
     """Sentences without their subject, the method. `no_engine` says why it does not go through the engine."""
+    if chosen.streamed is not None:
+        return chosen.streamed.notes(chosen.work)
     if chosen.choice is not None:
         return _engine_notes(chosen.choice, chosen.work)
     asked = case.recipe.train.per_device_train_batch_size
@@ -189,6 +196,13 @@ def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str |
     if method != "full":
         notes.append(f"does not go through the engine: {no_engine}")
     return notes
+
+
+def _cuts_note(case: Case, steps: int) -> str:
+    """The peak is that of the start; what cuts free is for nothing that comes before them."""
+    schedule = cut_schedule(case.recipe.dynamic, steps)
+    told = ", ".join(f"{100 * share:.0f} % after step {step:,}" for step, share in schedule.items())
+    return f"starts at rank {case.recipe.dynamic.r_start}, which the peak is for; of the adapter stays {told}"
 
 
 def _engine_notes(choice: Choice, work: Work) -> list[str]:
@@ -210,7 +224,7 @@ def _what_would_fit(case: Case, method: str, device: Device, smallest: Candidate
     free = case.freed
     freed = choose(candidates(free, method, device), device.usable_bytes)
     if freed.memory.peak_bytes <= device.usable_bytes:
-        settings = freed.settings(free.recipe, "")
+        settings = freed.settings(free.recipe)
         notes.append(f"fits with {' '.join(f'{name}={settings[name]}' for name in PINNED)}")
         return notes
     length = longest_that_fits(free, method, device, freed)

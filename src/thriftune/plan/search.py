@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,8 @@ from thriftune.plan.adapter import Adapter, adapter_of
 from thriftune.plan.engine import engine_case, engine_choice, least_choice, why_not_engine
 from thriftune.plan.engine_memory import engine_memory
 from thriftune.plan.engine_time import engine_time
-from thriftune.plan.memory import memory_of, setup_of
+from thriftune.plan.memory import memory_of, optimizers_of, setup_of
+from thriftune.plan.offload import Streamed, streamed
 from thriftune.plan.time import time_of
 from thriftune.plan.values import Memory, Path, Time, Timed, Work
 from thriftune.plan.work import Rows, work_of
@@ -21,6 +23,7 @@ from thriftune.shapes import ModelShape
 
 SHORTEST_ROWS = 16  # tokens; below that no training is worth a plan
 ROWS = "per_device_train_batch_size"
+STREAMING_GAIN = 0.9  # of the time of a step with all layers on the GPU: what streaming must stay under to be taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +94,16 @@ class Candidate:
     work: Work
     memory: Memory
     time: Time | None
+    optimizer: str
     choice: Choice | None = None
     least_bytes: int | None = None
+    streamed: Streamed | None = None
 
     @property
     def path(self) -> Path:
         return "generic" if self.choice is None else "engine"
 
-    def settings(self, recipe: Recipe, optimizer: str) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
         """The recipe options that this candidate's numbers hold for, and what the engine chooses beside them."""
         train = recipe.train
         switch = "on" if self.checkpointing else "off"
@@ -107,7 +112,7 @@ class Candidate:
             "gradient_accumulation_steps": self.accumulation,
             "gradient_checkpointing": switch if self.choice is None else train.gradient_checkpointing,
             "max_length": recipe.data.max_length,
-            "optim": optimizer,
+            "optim": self.optimizer,
         }
         if train.max_steps > 0:
             found["max_steps"] = train.max_steps
@@ -120,7 +125,7 @@ class Candidate:
                 "tokens_at_once": self.choice.most_tokens,
                 "layers_unpacked": self.choice.held,
             }
-        return found
+        return found | (self.streamed.settings if self.streamed is not None else {})
 
 
 Stopwatch = Callable[[str, Candidate], Timed]  # times a method, by name, with these settings
@@ -149,9 +154,10 @@ def allowed_settings(case: Case) -> Iterator[tuple[int, bool]]:
 def candidates(case: Case, method: str, device: Device, adapter: Adapter | None = None) -> list[Candidate]:
     """Every way the recipe leaves open, in the order of `allowed_settings`; through the engine, which chooses for
     itself, the way that it will choose. Raises InputError for wrong targets."""
-    adapter = adapter or adapter_of(case.shape, case.recipe.lora, method)
+    adapter = adapter or adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
+    optimizers = optimizers_of(case.recipe, method, device.gpu is not None)
     if case.engine_reason(method, device, adapter) is None:
-        return [_engine_candidate(case, method, device, adapter)]
+        return _engine_candidates(case, method, device, adapter, optimizers)
     found = []
     for rows_at_once, recompute in allowed_settings(case):
         setup = setup_of(case.recipe, method, recompute, device.gpu is not None)
@@ -160,15 +166,35 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
         time = None
         if device.gpu is not None:
             time = time_of(case.shape, adapter, setup, work, device.gpu, device.count)
-        found.append(Candidate(rows_at_once, case.rows_a_step // rows_at_once, recompute, work, memory, time))
+        accumulation = case.rows_a_step // rows_at_once
+        found.append(Candidate(rows_at_once, accumulation, recompute, work, memory, time, optimizers[-1]))
     return found
 
 
-def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter) -> Candidate:
+def _engine_candidates(
+    case: Case, method: str, device: Device, adapter: Adapter, optimizers: Sequence[str]
+) -> list[Candidate]:
+    """One for each optimizer. Layers are streamed where the recipe says how many stay; else where they do not fit, and
+    where they do only with steps cut into so small parts that streaming is clearly faster."""
+    ways = [_engine_candidate(case, method, device, adapter, name) for name in optimizers]
+    if _may_stream(case.recipe, method, device):
+        others = [_streamed_candidate(case, method, device, adapter, name) for name in optimizers]
+        if case.recipe.resident_layers is not None:
+            ways = others
+        else:
+            fitting = [way.time.step_s for way in ways if way.time and way.memory.peak_bytes <= device.usable_bytes]
+            most_s = STREAMING_GAIN * min(fitting) if fitting else math.inf
+            ways += [other for other in others if other.time and other.time.step_s < most_s]
+    least = min(way.least_bytes or 0 for way in ways)
+    return [replace(way, least_bytes=least) for way in ways]
+
+
+def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
     """What the engine will choose with this memory; the least that it can run with, when that is too little."""
     gpu, rows_at_once = device.gpu, case.recipe.train.per_device_train_batch_size
     work = case.work(rows_at_once, device.count)
-    engine = engine_case(case.shape, adapter, setup_of(case.recipe, method, False, gpu is not None), gpu)
+    setup = setup_of(case.recipe, method, False, gpu is not None, optimizer)
+    engine = engine_case(case.shape, adapter, setup, gpu)
     chosen = engine_choice(engine, case.recipe, work.packed, device.usable_bytes)
     taken = engine_memory(engine, chosen, work.packed)
     least_bytes = taken.peak_bytes  # on a CPU, whose memory the engine does not count
@@ -181,7 +207,26 @@ def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter)
     time = engine_time(engine, chosen, work, gpu, device.count) if gpu is not None else None
     recomputes = chosen.keep > Keep.ALL
     accumulation = case.rows_a_step // rows_at_once
-    return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, chosen, least_bytes)
+    return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, optimizer, chosen, least_bytes)
+
+
+def _streamed_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
+    """With as many layers on the GPU as this memory holds, and the others streamed."""
+    rows_at_once = case.recipe.train.per_device_train_batch_size
+    work = case.work(rows_at_once, device.count)
+    setup = setup_of(case.recipe, method, False, device.gpu is not None, optimizer)
+    way = streamed(engine_case(case.shape, adapter, setup, device.gpu), case.recipe, work, device.usable_bytes)
+    accumulation = case.rows_a_step // rows_at_once
+    return Candidate(
+        rows_at_once, accumulation, True, work, way.memory, way.time, optimizer, way.choice, way.least_bytes, way
+    )
+
+
+def _may_stream(recipe: Recipe, method: str, device: Device) -> bool:
+    """On one GPU, with layers that keep their input alone; where memory is not counted, only if the recipe asks."""
+    if method != "qlora" or recipe.offload == "off" or recipe.train.gradient_checkpointing == "off" or device.count > 1:
+        return False
+    return device.gpu is not None or recipe.resident_layers is not None
 
 
 def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
@@ -195,9 +240,9 @@ def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
 
 def least_bytes(case: Case, method: str, device: Device, like: Candidate) -> int:
     """Bytes at the peak with the smallest settings: those of `like`, or the engine's least."""
-    adapter = adapter_of(case.shape, case.recipe.lora, method)
+    adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     if case.engine_reason(method, device, adapter) is None:
-        return _engine_candidate(case, method, device, adapter).least_bytes or 0
+        return min(way.least_bytes or 0 for way in candidates(case, method, device, adapter))
     setup = setup_of(case.recipe, method, like.checkpointing, device.gpu is not None)
     return memory_of(case.shape, adapter, setup, case.work(like.rows_at_once, device.count), device.gpu).peak_bytes
 

@@ -13,7 +13,7 @@ from thriftune.records import GpuPlan, Plan, PlannedMethod
 from thriftune.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
 
 WIDTH = 100
-ARTICLE_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+ARTICLE_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "dynamic": "dynamic rank"}
 
 
 def plan_text(plan: Plan, article: bool = False) -> str:
@@ -197,6 +197,12 @@ def three_lines(found: GpuPlan, plan: PlannedMethod) -> list[str]:
 
 def _how(plan: PlannedMethod) -> str:
     settings = plan.settings
+    if "layers_streamed" in settings:
+        layers = settings["layers_resident"] + settings["layers_streamed"]
+        return (
+            f"{settings['layers_resident']} of {layers} layers stay on the GPU, the others are streamed from the "
+            f"computer's memory, of which {format_bytes(settings['host_bytes'])} are pinned"
+        )
     if plan.path == "engine":
         return f"up to {settings['tokens_at_once']:,} tokens at once; layers keep {settings['layers_keep']}"
     rows = settings["per_device_train_batch_size"]

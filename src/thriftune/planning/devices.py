@@ -15,6 +15,7 @@ from thriftune.catalog.user import read_user_rows
 from thriftune.errors import InputError
 from thriftune.plan.cost import Market, place_of
 from thriftune.plan.search import Device
+from thriftune.recipe import Recipe
 
 DEFAULT_GPUS = ("rtx-4090", "a100-80gb", "h200")  # where this machine has none: a desk, a rented card, a large one
 MOST_GPUS = 1024
@@ -96,6 +97,12 @@ def machine_memory() -> tuple[int, int]:
 
 def cpu_device(count: int = 1) -> Device:
     return Device(None, count, machine_memory()[0])
+
+
+def capped(device: Device, recipe: Recipe) -> Device:
+    """With no more memory than the recipe lets a run take."""
+    cap = recipe.max_memory_bytes
+    return device if cap is None else replace(device, usable_bytes=min(device.usable_bytes, cap))
 
 
 def own_gpu(indices: Iterable[int], count: int) -> Device | None:

@@ -147,7 +147,7 @@ def _download_config(model: ModelRecipe) -> Path:
     try:
         return Path(hf_hub_download(model.name, "config.json", revision=model.revision))
     except (HfHubHTTPError, transport_error, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:300]
         raise ModelError(
             given=f"the hub did not give config.json of {model.name}, and the catalogue does not have it: {reason}",
             allowed=ALLOWED_MODEL,

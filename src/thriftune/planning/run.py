@@ -9,11 +9,12 @@ from pathlib import Path
 
 from thriftune.errors import DoesNotFitError, InputError
 from thriftune.model_files import read_config
-from thriftune.plan.plan import METHODS, Question, make_plan, plan_method
+from thriftune.plan.memory import OPTIMIZERS
+from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device
 from thriftune.plan.show import three_lines
 from thriftune.plan.work import Rows
-from thriftune.planning.devices import machine_memory, read_market
+from thriftune.planning.devices import capped, machine_memory, read_market
 from thriftune.recipe import MethodName, Recipe
 from thriftune.records import GpuPlan, Plan, PlannedMethod
 from thriftune.shapes import from_config
@@ -29,14 +30,26 @@ class RunPlan:
     rows_at_once: int
     accumulation: int
     checkpointing: bool
+    optimizer: str
     plan: Plan | None = None
     chosen: PlannedMethod | None = None
     note: str = ""
 
     @property
+    def streams(self) -> bool:
+        """Whether the plan has layers streamed: the recipe says how many stay, or not all of them fit."""
+        return self.chosen is not None and "layers_streamed" in self.chosen.settings
+
+    @property
     def decision(self) -> tuple[float, ...]:
         """What all processes of a run must have decided alike, as numbers."""
-        return (float(METHODS.index(self.method)), float(self.rows_at_once), float(self.checkpointing))
+        optimizer = ("auto", *OPTIMIZERS).index(self.optimizer)
+        return (
+            float(KNOWN_METHODS.index(self.method)),
+            float(self.rows_at_once),
+            float(self.checkpointing),
+            float(optimizer),
+        )
 
     def lines(self) -> list[str]:
         """What to print before the run starts."""
@@ -51,7 +64,7 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
     Raises DoesNotFitError with the nearest thing that does when the plan does not fit the GPU, unless `force`. In a
     computer's own memory, where the system pages, only weights larger than all of it are refused.
     """
-    market = read_market()
+    market, device = read_market(), capped(device, recipe)
     try:
         shape = from_config(read_config(folder), recipe.model.name)
         case = Case(shape, recipe, rows)
@@ -76,6 +89,7 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
         rows_at_once=settings["per_device_train_batch_size"],
         accumulation=settings["gradient_accumulation_steps"],
         checkpointing=settings["gradient_checkpointing"] == "on",
+        optimizer=recipe.train.optim if device.gpu is None else settings["optim"],
         plan=plan,
         chosen=chosen,
     )
@@ -101,12 +115,13 @@ def _without_plan(recipe: Recipe, note: str) -> RunPlan:
         rows_at_once=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps,
         checkpointing=train.gradient_checkpointing == "on",
+        optimizer=train.optim,
         note=note,
     )
 
 
 def _method_name(text: str) -> MethodName:
-    names: dict[str, MethodName] = {"full": "full", "lora": "lora", "qlora": "qlora"}
+    names: dict[str, MethodName] = {"full": "full", "lora": "lora", "qlora": "qlora", "dynamic": "dynamic"}
     return names[text]
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from thriftune.errors import InputError
 from thriftune.plan.advise import PREFERENCES, Prefer
-from thriftune.plan.plan import METHODS, Question, make_plan
+from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan
 from thriftune.plan.search import Case
 from thriftune.plan.work import Rows, assumed_rows
-from thriftune.planning.devices import find_devices, read_market
+from thriftune.planning.devices import capped, find_devices, read_market
 from thriftune.planning.model import FoundModel, find_planned_model
 from thriftune.recipe import Recipe
 from thriftune.records import Plan
@@ -32,7 +32,8 @@ def plan_words(
     Raises InputError, ModelError and DataError for what cannot be found or read.
     """
     market = read_market()
-    devices, notes = find_devices(gpu_names, gpus, market)
+    found, notes = find_devices(gpu_names, gpus, market)
+    devices = [capped(device, recipe) for device in found]
     question, _ = ask(recipe, methods=methods, prefer=prefer, notes=notes)
     return make_plan(question, devices, market)
 
@@ -72,10 +73,12 @@ def _methods(asked: Sequence[str], of_recipe: str) -> tuple[str, ...]:
     """Those asked for, else the recipe's, else all."""
     if not asked or list(asked) == ["auto"]:
         return METHODS if of_recipe == "auto" else (of_recipe,)
-    wrong = [word for word in asked if word not in METHODS]
+    wrong = [word for word in asked if word not in KNOWN_METHODS]
     if wrong:
         raise InputError(
-            given=f"method {', '.join(wrong)}", allowed=", ".join(METHODS), do="name some of these, or none for all"
+            given=f"method {', '.join(wrong)}",
+            allowed=", ".join(KNOWN_METHODS),
+            do=f"name some of these, or none for {', '.join(METHODS)}",
         )
     return tuple(dict.fromkeys(asked))
 

@@ -1,9 +1,12 @@
 """The typed recipe of a run: schema and defaults (`schema.py`), and how it is read and written (`read.py`)."""
 
+from thriftune.recipe.dynamic import cut_schedule
 from thriftune.recipe.federated import FederatedRecipe
+from thriftune.recipe.nearest import did_you_mean
 from thriftune.recipe.read import dump_yaml, option_place, read_recipe
 from thriftune.recipe.schema import (
     DataRecipe,
+    DynamicRecipe,
     GenerationRecipe,
     LoraRecipe,
     MethodName,
@@ -11,11 +14,11 @@ from thriftune.recipe.schema import (
     QuantRecipe,
     Recipe,
     TrainRecipe,
-    did_you_mean,
 )
 
 __all__ = [
     "DataRecipe",
+    "DynamicRecipe",
     "FederatedRecipe",
     "GenerationRecipe",
     "LoraRecipe",
@@ -24,6 +27,7 @@ __all__ = [
     "QuantRecipe",
     "Recipe",
     "TrainRecipe",
+    "cut_schedule",
     "did_you_mean",
     "dump_yaml",
     "option_place",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.errors import InputError
-from thriftune.recipe.schema import Recipe, did_you_mean, known_places, shown
+from thriftune.recipe.nearest import did_you_mean
+from thriftune.recipe.schema import Recipe, known_places, shown
 from thriftune.recipe.strict_yaml import MAX_CHARACTERS, parse_yaml, write_yaml
 
 # Names of axolotl, LLaMA-Factory, TRL and transformers -> where the option lives here.
@@ -72,7 +73,7 @@ FOUR_BIT_SWITCHES = {"load_in_4bit": True, "quantization_bit": 4}
 # Unique leaves that a person could mean otherwise: these are not guessed.
 AMBIGUOUS = {"batch_size": "train.per_device_train_batch_size or generation.batch_size"}
 
-SECTIONS = ("model", "data", "train", "lora", "quant", "generation", "federated")
+SECTIONS = ("model", "data", "train", "lora", "quant", "dynamic", "generation", "federated")
 OPEN_OPTIONS = ("data.columns", "lora.options")  # options that are mappings themselves
 
 

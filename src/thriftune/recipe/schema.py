@@ -8,23 +8,24 @@ accepted too (see `read.py`). Unknown keys are refused, and all problems are rep
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thriftune.errors import RecipeError
+from thriftune.recipe.dynamic import contradictions_of_dynamic
 from thriftune.recipe.federated import FederatedRecipe
+from thriftune.recipe.nearest import did_you_mean
 from thriftune.recipe.section import Fraction, NonNegative, Positive, Section
+from thriftune.units import parse_bytes
 
-MethodName = Literal["auto", "lora", "qlora", "full"]
+MethodName = Literal["auto", "lora", "qlora", "dynamic", "full"]
 MAX_SEED = 2**32 - 1  # what numpy takes
 
 # Learning rates when the recipe names none. Adapters start from zero and take about ten times the rate of full
 # fine-tuning (Hu et al. 2021, section F; Biderman et al. 2024, "LoRA Learns Less and Forgets Less", section 6).
-LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+LEARNING_RATE_BY_METHOD = {"lora": 2e-4, "qlora": 2e-4, "dynamic": 2e-4, "full": 2e-5}
 
 
 class ModelRecipe(Section):
@@ -67,7 +68,7 @@ class DataRecipe(Section):
 
 class TrainRecipe(Section):
     learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = Field(
-        None, description="peak learning rate; by method when not given (2e-4 lora and qlora, 2e-5 full)"
+        None, description="peak learning rate; by method when not given (2e-5 full, 2e-4 the others)"
     )
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="passes over the data"
@@ -77,7 +78,7 @@ class TrainRecipe(Section):
     gradient_accumulation_steps: Positive = Field(4, description="micro-batches an optimizer step, a device")
     per_device_eval_batch_size: Positive = Field(8, description="examples at once in evaluation during training")
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
-        "auto", description="auto: paged_adamw_8bit for qlora on a GPU, adamw_torch elsewhere"
+        "auto", description="auto: paged_adamw_8bit for qlora on a GPU whose memory is short, adamw_torch elsewhere"
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="decoupled: a weight shrinks by learning rate x this, each step"
@@ -176,6 +177,21 @@ class LoraRecipe(Section):
         return value
 
 
+class DynamicRecipe(Section):
+    """Of method dynamic, whose adapter starts with `r_start` in the place of lora.r."""
+
+    r_start: Positive = Field(64, description="rank at the start; the update is lora.alpha / r_start * B A to the end")
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the adapter's parameters at the end")
+    first_cut: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the steps before the first cut")
+    last_cut: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the steps before the last cut")
+    n_cuts: Positive = Field(4, description="cuts, evenly spaced; the first ones take most")
+    round_to: Positive = Field(8, description="a module's rank falls by whole blocks of so many directions")
+    min_rank: NonNegative = Field(0, description="rank that every module keeps; at 0 a module may lose its adapter")
+    score: Literal["energy", "random"] = Field(
+        "energy", description="which directions stay: those with the most energy a parameter, or (a control) any"
+    )
+
+
 def _comma_list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -207,6 +223,7 @@ class Recipe(Section):
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     quant: QuantRecipe = Field(default_factory=QuantRecipe)
+    dynamic: DynamicRecipe = Field(default_factory=DynamicRecipe)
     generation: GenerationRecipe = Field(default_factory=GenerationRecipe)
     federated: FederatedRecipe = Field(default_factory=FederatedRecipe)
     output: Annotated[str, Field(min_length=1)] | None = Field(
@@ -218,6 +235,17 @@ class Recipe(Section):
     engine: Literal["auto", "off"] = Field(
         "auto",
         description="auto: the explicit forward and backward pass where it knows the model; off: autograd",
+    )
+    precision: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="type of the frozen products: auto is that of the base; fp8 is 8-bit floats, by the engine alone",
+    )
+    offload: Literal["auto", "off"] | dict[str, int] = Field(
+        "auto",
+        description="4-bit layers streamed: auto, those that do not fit; off, none; {resident_layers: N}, all but N",
+    )
+    max_memory: str | None = Field(
+        None, description="GPU memory that a run may take, all in, such as 24GiB; null: all that is free"
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that get the step metrics too; none"
@@ -237,6 +265,23 @@ class Recipe(Section):
         if reports is None or isinstance(reports, str):
             values["report_to"] = [] if reports in (None, "none") else _comma_list(reports)
         return values
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _offload_words(cls, value: Any) -> Any:
+        if value in ("auto", "off"):
+            return value
+        layers = value.get("resident_layers") if isinstance(value, dict) and len(value) == 1 else None
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
+            raise ValueError("expects auto, off or {resident_layers: N} with N from 0")
+        return value
+
+    @field_validator("max_memory")
+    @classmethod
+    def _memory_words(cls, value: str | None) -> str | None:
+        if value is not None and parse_bytes(value) < 1:
+            raise ValueError("expects more than no memory")
+        return value
 
     @classmethod
     def build(cls, values: dict[str, Any], source: str, found: list[str] | None = None) -> Recipe:
@@ -273,9 +318,31 @@ class Recipe(Section):
                 )
             if train.save_strategy == "no":
                 problems.append("train.load_best_model_at_end needs train.save_strategy steps or epoch, got no")
+        if self.method == "dynamic":
+            problems += contradictions_of_dynamic(self)
         if self.method == "full" and self.lora != LoraRecipe():
             problems.append("lora.* options have no effect with method full; drop them or use method lora or qlora")
+        if isinstance(self.offload, dict):
+            if self.method != "qlora":
+                problems.append(f"offload streams 4-bit layers and method is {self.method}; use method qlora")
+            if train.gradient_checkpointing == "off":
+                problems.append("offload computes layers again and train.gradient_checkpointing is off; drop one")
+            if self.engine == "off":
+                problems.append("offload.resident_layers needs the engine, and engine is off; drop one of them")
         return problems
+
+    def adapter_at_start(self, method: str) -> LoraRecipe:
+        """The adapter that a run with `method` starts with."""
+        return self.lora.model_copy(update={"r": self.dynamic.r_start}) if method == "dynamic" else self.lora
+
+    @property
+    def resident_layers(self) -> int | None:
+        """Layers that the recipe wants to stay on the GPU while the others are streamed; None: it does not say."""
+        return self.offload["resident_layers"] if isinstance(self.offload, dict) else None
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
 
     @property
     def has_eval_rows(self) -> bool:
@@ -338,13 +405,3 @@ def known_places() -> list[str]:
         else:
             places.append(name)
     return places
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' with the nearest of the known names, matched by their last part; '' when none is near."""
-    by_leaf: dict[str, str] = {}
-    for name in known:
-        by_leaf.setdefault(name.split(".")[-1].lower(), name)
-        by_leaf.setdefault(name.lower(), name)
-    near = difflib.get_close_matches(word.lower(), list(by_leaf), n=1, cutoff=0.6)
-    return f" (did you mean {by_leaf[near[0]]}?)" if near else ""

@@ -15,7 +15,7 @@ from thriftune.report.comparable import refuse_incomparable
 from thriftune.report.measures import plan_of, rent_of, table_rows
 from thriftune.report.pairs import all_row_scores, compare_pairs
 from thriftune.report.statistics import mean
-from thriftune.report.variants import Metric, Variant, group, metric_of, score
+from thriftune.report.variants import Metric, Variant, group, metric_of, score, share_a_device
 from thriftune.report.verdict import Facts, certainty, verdict
 from thriftune.report.wording import listed
 
@@ -40,8 +40,8 @@ def build_report(
     """
     if not cells:
         raise InputError(given="no cells", allowed="one cell or more", do="run a comparison first")
+    refuse_incomparable(cells)
     kept, twice = _once(cells)
-    refuse_incomparable(kept)
     variants = group(kept)
     results = [cell.record.result for cell in kept if cell.done and cell.record.result]
     metric = metric_of(results) if results else NO_METRIC
@@ -77,6 +77,7 @@ def build_report(
         cells=[_cell(cell) for variant in variants for cell in variant.cells],
         search=search,
         hardware=runs[0].hardware if runs else {},
+        share_a_device=share_a_device(variants),
         versions=_versions(kept),
         commands=list(dict.fromkeys(run.command for run in runs)),
         notes=[*notes, *twice, *_notes(kept)],
@@ -157,6 +158,8 @@ def _cell(cell: Cell) -> ReportCell:
         curve_tokens=tokens,
         curve_loss=losses,
         curve_steps=most,
+        cuts=run.cuts if run else [],
+        start_rank=recipe.dynamic.r_start if recipe and recipe.method == "dynamic" else None,
     )
 
 
@@ -197,9 +200,25 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
     if len(paths) > 1:
         told = "; ".join(f"{path}: {listed(names)}" for path, names in paths.items())
         notes.append(f"not every cell was trained on the same path, which changes its time and memory ({told})")
+    notes += _company(cells)
     without = [cell.name for cell in cells if cell.done and not cell.answers]
     if without:
         notes.append(f"the answers of {listed(without)} are not there: rows cannot be compared")
     for cell in cells:
         notes += [f"{cell.name}: {event}" for event in (cell.run.events if cell.run else [])]
     return notes
+
+
+def _company(cells: Sequence[Cell]) -> list[str]:
+    """Of cells that ran at once: whether each had its device for itself."""
+    done = [cell.record for cell in cells if cell.done]
+    at_once = max((record.at_once for record in done), default=1)
+    sharing = max((record.sharing for record in done), default=0)
+    if at_once == 1:
+        return []
+    if not sharing:
+        return [f"{at_once} cells ran at once, each on a GPU of its own"]
+    return [
+        f"{at_once} cells ran at once, up to {sharing + 1} of them on one device: the measured times, rents and "
+        "energies do not compare methods, and the verdict does not look at them"
+    ]

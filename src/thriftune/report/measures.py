@@ -13,7 +13,7 @@ from thriftune.plan.show import dollars
 from thriftune.records import PlannedMethod, ReportRow, ReportValue
 from thriftune.report.cells import BASE, Cell
 from thriftune.report.statistics import mean, spread
-from thriftune.report.variants import Metric, Scored, Variant, seed_of
+from thriftune.report.variants import Metric, Scored, Variant, seed_of, share_a_device
 from thriftune.report.wording import DASH, STATUS_WORDS, metric_name, range_text, score_text, spread_text
 from thriftune.units import format_bytes, format_count, format_seconds, format_share
 
@@ -21,6 +21,8 @@ PARAMETERS, TIME, SCORE, RESULT = "Parameters and memory", "Time and money", "Sc
 UNTRAINED = "the base is not trained"
 NO_RUN = "no record of a run"
 NO_PLAN = "no plan was recorded"
+TIMED = ("s", "tokens/s", "USD", "Wh")
+SHARED = "beside other cells on one device: does not compare methods"
 SAME_SHARE = 0.01  # a spread below this share of its mean is not worth a number
 
 
@@ -283,7 +285,10 @@ def _result_lines() -> list[_Line]:
 
 def _row(line: _Line, variants: Sequence[Variant]) -> ReportRow:
     values = [_value(line, variant) for variant in variants]
-    return ReportRow(key=line.key, group=line.group, label=line.label, unit=line.unit, note=line.note, values=values)
+    note = line.note
+    if line.unit in TIMED and not line.planned and share_a_device(variants):
+        note = "; ".join(part for part in (note, SHARED) if part)
+    return ReportRow(key=line.key, group=line.group, label=line.label, unit=line.unit, note=note, values=values)
 
 
 def _value(line: _Line, variant: Variant) -> ReportValue:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from thriftune.records import PairTest, ReportRecord
 from thriftune.report.bars import GROUPS, agreement_figure, difference_marks, memory_figure
 from thriftune.report.plots import Figure, cost_figures, looks, loss_figure
+from thriftune.report.ranks import rank_figures
 from thriftune.report.search import search_table
 from thriftune.report.text import about, heading, in_short, labels, metric_as_shown, undone_lines
 from thriftune.report.wording import STATUS_WORDS, difference_range, difference_text, p_text, score_text
@@ -69,6 +70,7 @@ def _figures(report: ReportRecord) -> Sequence[Figure]:
         loss_figure(report, looks_of),
         agreement_figure(report, looks_of),
         memory_figure(report, looks_of),
+        *rank_figures(report, looks_of),
     ]
     return [figure for figure in found if figure is not None]
 

@@ -166,7 +166,8 @@ class _Spot:
 
 
 def cost_figures(report: ReportRecord, looks_of: dict[str, Look]) -> list[Figure]:
-    """Score by peak memory, and by dollars; by time where the machine has no price."""
+    """Score by peak memory, and by dollars; by time where the machine has no price, by neither where cells shared a
+    device."""
     rows = {row.key: row for row in report.table}
     by = "Score" if report.metric == "score" else metric_name(metric_as_shown(report)).capitalize()
     memory = rows["peak_measured"]
@@ -180,18 +181,14 @@ def cost_figures(report: ReportRecord, looks_of: dict[str, Look]) -> list[Figure
             unit,
         )
     ]
-    if any(value.mean for value in rows["rent_measured"].values):
-        found.append(
-            _cost_figure(
-                *(report, looks_of, rows, "rent_measured", f"{by} by dollars"), dollars, "rent of the training", 1.0
-            )
+    paid = any(value.mean for value in rows["rent_measured"].values)
+    if not report.share_a_device:
+        key, what, tick, name = (
+            ("rent_measured", "dollars", dollars, "rent of the training")
+            if paid
+            else ("train", "training time", format_seconds, "training time")
         )
-    else:
-        found.append(
-            _cost_figure(
-                *(report, looks_of, rows, "train", f"{by} by training time"), format_seconds, "training time", 1.0
-            )
-        )
+        found.append(_cost_figure(report, looks_of, rows, key, f"{by} by {what}", tick, name, 1.0))
     return [figure_ for figure_ in found if figure_ is not None]
 
 

@@ -13,7 +13,7 @@ from thriftune.records import EvalResult
 from thriftune.report.cells import BASE, Cell
 from thriftune.report.statistics import Estimate, mean, over_rows_and_seeds, share_interval, spread
 
-ORDER = ("full", "lora", "qlora")
+ORDER = ("full", "lora", "qlora", "dynamic")
 LOWER_IS_BETTER = ("perplexity", "loss", "bits_per_byte", "bits per byte", "error", "wer", "cer", "brier")
 Z_95 = 1.959963984540054
 
@@ -68,6 +68,11 @@ class Variant:
     def by_seed(self, seed: str) -> Cell:
         """The done cell of this seed; of a variant without seeds, its one cell."""
         return next(cell for cell in self.done if cell.record.seed is None or seed_of(cell) == seed)
+
+
+def share_a_device(variants: Sequence[Variant]) -> bool:
+    """Whether cells ran beside others on one device: their times then tell of the company, not of the method."""
+    return any(cell.record.sharing for variant in variants for cell in variant.done)
 
 
 def seed_of(cell: Cell) -> str:

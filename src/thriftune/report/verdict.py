@@ -3,7 +3,8 @@
 1. A trained variant has to beat the base by more than chance; when none does, the base is kept.
 2. Of those that do, the ones from which the best differs by no more than chance are equals.
 3. Of the equals the fastest is taken; among those about as fast (within a tenth, or with seeds that overlap), the one
-   with the least memory; then the one that trains the fewest parameters.
+   with the least memory; then the one that trains the fewest parameters. Times of cells that shared a device are not
+   looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from thriftune.records import PairTest, ReportRow, ReportValue
 from thriftune.report.cells import BASE
-from thriftune.report.variants import Metric, Scored, Variant
+from thriftune.report.variants import Metric, Scored, Variant, share_a_device
 from thriftune.report.wording import (
     STATUS_WORDS,
     difference_range,
@@ -26,6 +27,7 @@ from thriftune.units import format_bytes, format_seconds
 
 AS_FAST = 1.1  # times this far apart are about the same
 MOST_NAMES = 3  # in one clause
+MOST_UNSHOWN = 4  # differences to the chosen that are not shown, each a line
 WORTH_SAYING = 1.05  # of memory and speed
 
 
@@ -46,7 +48,9 @@ class Facts:
         return found
 
     def value(self, key: str, variant: Variant) -> ReportValue | None:
-        """None where the table has a dash."""
+        """None where the table has a dash, and for times that do not compare variants."""
+        if key == "train" and share_a_device(self.variants):
+            return None
         for row in self.table:
             if row.key == key:
                 value = row.values[self.variants.index(variant)]
@@ -111,24 +115,32 @@ def certainty(facts: Facts, chosen: Variant | None) -> list[str]:
         lines.append("With one seed the tests compare these trained models; other seeds could rank them otherwise.")
     tested = [pair for pair in facts.pairs if pair.p_value is not None]
     labels = {variant.name: variant.label for variant in facts.variants}
-    for pair in tested:
-        if pair.shown or chosen is None or chosen.name not in (pair.first, pair.second):
-            continue
-        if pair.low is None or pair.high is None:
-            continue
-        reach = difference_range(pair.low, pair.high, facts.metric).replace(" to ", " and ")
-        unit = difference_text(0.0, facts.metric).partition(" ")[2]
-        lines.append(
-            f"No difference shown between {labels[pair.first]} and {labels[pair.second]} (p = "
-            f"{_adjusted(pair)}): the true one lies between {reach} {unit}".rstrip()
-            + " with 95 % confidence."
-        )
+    unshown = [
+        _unshown(pair, labels, facts.metric, len(tested))
+        for pair in tested
+        if chosen is not None and chosen.name in (pair.first, pair.second) and not pair.shown and pair.low is not None
+    ]
+    lines += unshown[:MOST_UNSHOWN]
+    if len(unshown) > MOST_UNSHOWN:
+        lines.append(f"Nor is one shown between it and {len(unshown) - MOST_UNSHOWN} more: see the differences below.")
     if tested:
         lines.append(
             f"A difference counts as shown when its p-value, corrected by Holm's method for {len(tested)} "
             f"pair{'s' if len(tested) != 1 else ''}, is below 0.05."
         )
     return lines
+
+
+def _unshown(pair: PairTest, labels: dict[str, str], metric: Metric, pairs: int) -> str:
+    """'No difference shown between full and LoRA (p = 0.4): the true one lies between -0.1 and +0.4 points ...'"""
+    low, high = pair.low or 0.0, pair.high or 0.0
+    reach = difference_range(low, high, metric).replace(" to ", " and ")
+    unit = difference_text(0.0, metric).partition(" ")[2]
+    line = f"No difference shown between {labels[pair.first]} and {labels[pair.second]} (p = {_adjusted(pair)}): "
+    line += f"the true one lies between {reach} {unit}".rstrip() + " with 95 % confidence."
+    if low > 0 or high < 0:
+        line += f" Alone that would count; of {pairs} pairs looked at, one such is chance."
+    return line
 
 
 def _adjusted(pair: PairTest) -> str:

@@ -22,6 +22,8 @@ def score_text(value: float, metric: Metric) -> str:
 
 def spread_text(value: float, metric: Metric) -> str:
     number = 100 * value if metric.as_percent else value
+    if abs(number) < 1e-9:  # equal but for the rounding of the mean
+        return "± 0"
     return f"± {number:.1f}" if metric.as_percent and number >= 0.095 else f"± {number:.2g}"
 
 

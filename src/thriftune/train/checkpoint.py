@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from thriftune.errors import CheckpointError, DiskFullError
+from thriftune.records import RankCut
 from thriftune.units import format_bytes
 
 MANIFEST = "manifest.json"
@@ -46,6 +47,7 @@ class TrainState(BaseModel):
     best_step: int | None = None
     last_eval_loss: float | None = None
     path: dict[str, int | bool] = Field(default_factory=dict, description="how steps were cut to fit in memory")
+    cuts: list[RankCut] = Field(default_factory=list)
     events: list[str] = Field(default_factory=list)
     identity: dict[str, Any]
 

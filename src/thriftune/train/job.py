@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from thriftune.data import Example, StepOrder
+from thriftune.errors import NonFiniteLossError
 from thriftune.methods.base import Method
 from thriftune.recipe import Recipe
+from thriftune.records import RankCut
+from thriftune.train.checkpoint import last_good
 from thriftune.train.distributed import Processes
 from thriftune.train.loss import accepts_logits_to_keep
 from thriftune.train.path import GenericPath, StepPath
@@ -50,6 +53,10 @@ class TrainJob:
     @functools.cached_property
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def parameters_changed(self) -> None:
+        """To be called when trained parameters were put in others' places."""
+        self.__dict__.pop("trainable", None)
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -106,6 +113,16 @@ def generic_path(job: TrainJob) -> GenericPath:
     )
 
 
+def check_finite(job: TrainJob, step: int) -> None:
+    """Raise NonFiniteLossError when an update (a weight decay of 1e30, say) made weights that are not finite."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in job.trainable):
+        raise NonFiniteLossError(
+            given=f"the update of step {step} made weights that are NaN or infinite",
+            allowed="finite weights; nothing of this step was saved",
+            do=f"lower learning_rate or weight_decay; {last_good(job.output)}",
+        )
+
+
 @dataclass(frozen=True)
 class TrainOutcome:
     """What came out. `loss` is the mean over the target tokens of the last tenth of the steps; `eval_loss` is that of
@@ -123,3 +140,4 @@ class TrainOutcome:
     train_s: float
     optimizer: str
     losses: list[float] = field(default_factory=list)
+    cuts: list[RankCut] = field(default_factory=list)

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from thriftune.data import Example, shared_out
 from thriftune.errors import CheckpointError, NonFiniteLossError, StoppedBySignal
 from thriftune.records import StepMetrics
+from thriftune.train.change import change_if_due
 from thriftune.train.checkpoint import (
     TrainState,
     check_identity,
@@ -28,7 +30,7 @@ from thriftune.train.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from thriftune.train.job import StopRequest, TrainJob, TrainOutcome, generic_path
+from thriftune.train.job import StopRequest, TrainJob, TrainOutcome, check_finite, generic_path
 from thriftune.train.meter import Meter
 from thriftune.train.observe import Observers, read_metrics
 from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer, set_learning_rate
@@ -100,12 +102,13 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
     """
     learning_rate = LearningRate(job.recipe.train, job.recipe.learning_rate, job.order.steps)
     job.processes.same_start(job.trainable)
+    path = job.path or generic_path(job)
+    state, found = _start_or_resume(job, path, observers)
     optimizer, optimizer_name, remark = build_optimizer(job.model, job.recipe, job.processes.device)
     if remark:
         observers.event(remark)
-    state = _start_or_resume(job, optimizer, observers)
-    path = job.path or generic_path(job)
-    path.resume(state.path)
+    if found is not None:
+        load_optimizer(optimizer, found)
     past = [metrics for metrics in read_metrics(job.output / "metrics.jsonl") if metrics.step <= state.step]
     losses = [(metrics.loss, metrics.targets) for metrics in past]
     meter = Meter(job.processes.device)
@@ -125,12 +128,13 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
             result = train_step(job, optimizer, path, step, rate, stop, say)
             step_s = time.perf_counter() - started
             state.step, state.tokens_seen = step + 1, state.tokens_seen + result.tokens
-            state.path = path.state()
             losses.append((result.loss, result.targets))
+            change_if_due(job, optimizer, path, state, partial(mean_loss, job, path, say), say)
+            state.path = path.state()
             eval_loss = _evaluate_if_due(job, state, path, say)
             state.train_s = before_s + meter.elapsed_s()
             state.energy_j = before_j + (meter.energy_j() or 0.0)
-            observers.step(_metrics(job, state, result, meter, rate, step_s, eval_loss, events))
+            observers.step(_metrics(job, state, result, path, meter, rate, step_s, eval_loss, events))
             if _save_due(job, state, eval_loss) or result.stop_signal:
                 _save(job, optimizer, state, observers)
             if result.stop_signal and state.step < job.order.steps:
@@ -141,7 +145,7 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
     return _outcome(job, state, losses, meter, optimizer_name)
 
 
-def mean_loss(job: TrainJob, examples: Sequence[Example], path: StepPath, say: Callable[[str], None]) -> float:
+def mean_loss(job: TrainJob, path: StepPath, say: Callable[[str], None], examples: Sequence[Example]) -> float:
     """Mean loss over the target tokens of `examples`, shared out among the processes; no gradient, no dropout."""
     processes = job.processes
     lengths = [len(example) for example in examples]
@@ -164,7 +168,7 @@ def _evaluate_if_due(job: TrainJob, state: TrainState, path: StepPath, say: Call
     due = state.step % every == 0 or state.step == job.order.steps
     if settings.eval_strategy == "no" or not job.eval_examples or not due:
         return None
-    loss = mean_loss(job, job.eval_examples, path, say)
+    loss = mean_loss(job, path, say, job.eval_examples)
     state.last_eval_loss = loss if math.isfinite(loss) else None
     if state.last_eval_loss is None:
         say(f"the eval loss after step {state.step} is {loss}: it cannot be the best")
@@ -177,6 +181,7 @@ def _metrics(
     job: TrainJob,
     state: TrainState,
     result: StepResult,
+    path: StepPath,
     meter: Meter,
     rate: float,
     step_s: float,
@@ -199,6 +204,7 @@ def _metrics(
         energy_j=meter.energy_j(),
         eval_loss=eval_loss,
         events=events,
+        **path.measured(),
     )
 
 
@@ -213,7 +219,7 @@ def _save_due(job: TrainJob, state: TrainState, eval_loss: float | None) -> bool
 
 
 def _save(job: TrainJob, optimizer: torch.optim.Optimizer, state: TrainState, observers: Observers) -> None:
-    _check_finite(job, state.step)
+    check_finite(job, state.step)
     state.events = list(observers.events)
     job.processes.barrier()
     if job.processes.is_main:
@@ -230,27 +236,33 @@ def _save(job: TrainJob, optimizer: torch.optim.Optimizer, state: TrainState, ob
     job.processes.barrier()
 
 
-def _start_or_resume(job: TrainJob, optimizer: torch.optim.Optimizer, observers: Observers) -> TrainState:
+def _start_or_resume(job: TrainJob, path: StepPath, observers: Observers) -> tuple[TrainState, Path | None]:
+    """Where the run stands, and the checkpoint that model and path now are as, whose optimizer is still to be read: its
+    parameters may have other sizes than at the start."""
     fresh = TrainState(identity=job.identity)
     wanted = job.recipe.train.resume_from_checkpoint
     found = find_checkpoint(job.output, wanted, observers.event) if wanted else None
     if found is None:
         if wanted:
             observers.event(f"no checkpoint in {job.output}: starting afresh")
-        return fresh
+        return fresh, None
     folder, state = found
     check_identity(folder, state, job.identity)
+    before = job.trainable
     job.method.load(job.model, folder)
-    load_optimizer(optimizer, folder)
+    job.parameters_changed()
+    if {*map(id, job.trainable)} != {*map(id, before)}:
+        path.parameters_changed()
+    path.resume(state.path)
     observers.events[:0] = [text for text in state.events if text not in observers.events]
     observers.event(f"resumed from {folder} at step {state.step}")
-    return state
+    return state, folder
 
 
 def _keep_best(job: TrainJob, state: TrainState, observers: Observers) -> None:
     """Check the last weights, or with load_best_model_at_end put the best step's in their place."""
     if not job.recipe.train.load_best_model_at_end or state.best_step in (None, state.step):
-        _check_finite(job, state.step)
+        check_finite(job, state.step)
         return
     folder = job.output / f"checkpoint-{state.best_step}"
     try:
@@ -282,19 +294,10 @@ def _outcome(
         peak_bytes=meter.peak_bytes(),
         energy_j=state.energy_j or None,
         train_s=state.train_s,
+        cuts=state.cuts,
         optimizer=optimizer_name,
         losses=[loss for loss, _ in losses],
     )
-
-
-def _check_finite(job: TrainJob, step: int) -> None:
-    """Raise NonFiniteLossError when an update (a weight decay of 1e30, say) made weights that are not finite."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in job.trainable):
-        raise NonFiniteLossError(
-            given=f"the update of step {step} made weights that are NaN or infinite",
-            allowed="finite weights; nothing of this step was saved",
-            do=f"lower learning_rate or weight_decay; {last_good(job.output)}",
-        )
 
 
 def _non_finite_step(

@@ -105,7 +105,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, state in content["state"].items():
-        for name, value in state.items():
+        for name, value in _flat(state).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()
             else:
@@ -113,6 +113,14 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     save_file(tensors, folder / STATE_FILE, metadata={"format": "pt"})
     layout = {"numbers": numbers, "param_groups": content["param_groups"]}
     (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
+
+
+def _flat(state: dict[str, Any]) -> dict[str, Any]:
+    """bitsandbytes puts its quantised tensors into a mapping of their own, and takes them without it as well."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:

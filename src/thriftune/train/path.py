@@ -45,6 +45,14 @@ class StepPath(Protocol):
 
     def resume(self, state: Mapping[str, int | bool]) -> None: ...
 
+    def measured(self) -> dict[str, float]:
+        """Of the last step, by the names of StepMetrics."""
+        ...
+
+    def parameters_changed(self) -> None:
+        """To be called when the model has other trained parameters than before, of other sizes."""
+        ...
+
 
 @dataclass
 class GenericPath:
@@ -82,6 +90,9 @@ class GenericPath:
     def in_evaluation(self) -> GenericPath:
         return replace(self, recovery=Recovery(self.eval_rows, self.recovery.checkpointing, None))
 
+    def measured(self) -> dict[str, float]:
+        return {}
+
     def state(self) -> dict[str, int | bool]:
         return {"rows_at_once": self.recovery.rows_at_once, "checkpointing": self.recovery.checkpointing}
 
@@ -94,3 +105,6 @@ class GenericPath:
             if enable is not None:
                 enable()
                 self.recovery.checkpointing = True
+
+    def parameters_changed(self) -> None:
+        """Nothing: every pass goes through the model itself."""

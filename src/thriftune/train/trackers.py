@@ -33,7 +33,8 @@ def start_processes(recipe: Recipe, output: Path, device: torch.device) -> tuple
             allowed="tensorboard, wandb, mlflow and trackio, each with its package installed",
             do="pip install the tracker's package (tensorboardX for tensorboard), or drop report_to",
         )
-    return accelerator, Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    # The device as it was chosen: accelerate's has no number where there is one process.
+    return accelerator, Processes(accelerator.process_index, accelerator.num_processes, device)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is written to a disk or crosses a process: data audit, step metrics, evaluation, the record of a run.
+"""Records of runs, and how records are read and written: data audit, step metrics, evaluation, plan, run.
 
 Every file carries `schema_version`; it rises when a field changes its meaning, never when one is added. The
 lines of metrics.jsonl go by the version of the record beside them. NaN and infinity, which JSON lacks, are the texts
@@ -85,7 +85,30 @@ class StepMetrics(Record):
     peak_bytes: int
     energy_j: float | None = None
     eval_loss: float | None = None
+    copy_s: float | None = Field(None, description="seconds in which streamed layers were copied to the GPU")
+    waited_s: float | None = Field(None, description="of the step, seconds in which the GPU stood still for a copy")
     events: list[str] = Field(default_factory=list, description="what happened: out of memory and what was done ...")
+
+
+class RankCut(Record):
+    """A cut of an adapter's ranks between two steps, of method dynamic. The losses are those of the step's examples.
+
+    `held` bytes are those of the trained parameters, their gradients and the optimizer's states, counted from their
+    sizes; `allocated` ones all that the GPU's allocator has handed out at that moment.
+    """
+
+    step: int
+    share: float = Field(description="of the parameters at the start, how many could stay")
+    ranks: dict[str, int] = Field(description="module -> rank from here on; 0: it lost its adapter")
+    loss_before: float
+    loss_after: float
+    parameters_before: int
+    parameters_after: int
+    held_bytes_before: int
+    held_bytes_after: int
+    allocated_bytes_before: int | None = None
+    allocated_bytes_after: int | None = None
+    cut_s: float
 
 
 class EvalResult(Record):
@@ -160,6 +183,21 @@ class Plan(Record):
     notes: list[str] = Field(default_factory=list)
 
 
+class OffloadRecord(Record):
+    """How a run whose layers were streamed held them, and the medians of its steps in seconds: of copies to the GPU,
+    of waiting for them (what was not hidden), of all else, and of the whole step. On a CPU copies are not timed."""
+
+    resident_layers: int
+    layers: int
+    inputs_on_host: bool
+    host_bytes: int = Field(description="pinned host memory")
+    copied_bytes_per_step: int
+    copy_s: float
+    waited_s: float
+    compute_s: float
+    step_s: float
+
+
 class RunRecord(Record):
     """A run: what was asked, what happened, on what, with which versions."""
 
@@ -185,167 +223,16 @@ class RunRecord(Record):
     load_s: float
     adapter: str | None = Field(description="folder of the result: a PEFT adapter, or a whole model for method full")
     events: list[str] = Field(default_factory=list)
+    cuts: list[RankCut] = Field(default_factory=list, description="of an adapter's ranks, by method dynamic")
     data: DataAudit | None = None
     plan: PlannedMethod | None = Field(None, description="what the planner expected; the measurements stand beside it")
     reserved_bytes: int = 0
+    offload: OffloadRecord | None = Field(None, description="of a run whose layers were streamed")
     recipe: Recipe
     hardware: dict[str, Any]
     versions: dict[str, str]
     command: str
     started: str
-
-
-class CellRecord(Record):
-    """One cell of a comparison: a method with a seed and settings, what was planned and what came of it.
-
-    Cells of one `variant` differ by their seed only. The base model is a cell without a run: `seed` is None.
-    """
-
-    schema_version: int = SCHEMA_VERSION
-    status: Literal["done", "out_of_memory", "refused", "failed", "skipped"] = Field(
-        description="refused: the plan says that it cannot fit; skipped: left out to stay in the budget"
-    )
-    reason: str = Field("", description="why it is not done, in words")
-    method: str = Field(description="base, full, lora, qlora ...")
-    variant: str = Field(description="the method and what else sets it apart: 'lora', 'lora lora.r=8'")
-    seed: int | None = None
-    overrides: dict[str, Any] = Field(default_factory=dict, description="dotted recipe option -> value, of this cell")
-    plan: PlannedMethod | None = None
-    result: EvalResult | None = Field(None, description="the task's score; its answers lie beside this record")
-    general: EvalResult | None = Field(None, description="loss on a fixed general text, for what is forgotten")
-    first_token_s: float | None = Field(None, description="median time to the first token, the adapter beside its base")
-    merged_first_token_s: float | None = Field(None, description="the same with the adapter folded into its base")
-    result_bytes: int | None = Field(None, description="files of the adapter, or of the whole model for method full")
-
-
-class ReportValue(Record):
-    """One variant in one row of a report's table: mean and standard deviation over seeds, or why they are `missing`."""
-
-    text: str
-    spread_text: str = ""
-    mean: float | None = None
-    spread: float | None = None
-    low: float | None = Field(None, description="of the 95 % interval")
-    high: float | None = None
-    by_seed: dict[str, float] = Field(default_factory=dict)
-    missing: str = ""
-
-
-class ReportRow(Record):
-    """One line of the table; `values` are in the order of the report's variants."""
-
-    key: str
-    group: str
-    label: str
-    unit: str = Field(description="of the numbers (bytes, s, USD ...); the texts may be in another")
-    note: str = ""
-    values: list[ReportValue]
-
-
-class PairTest(Record):
-    """Two variants on the same test rows. `shown`: the p-value, corrected by Holm's method, is below 5 %."""
-
-    first: str
-    second: str
-    seeds: list[str] = Field(description="that both have; a variant without seeds goes with each")
-    rows: int
-    first_better: int = Field(description="rows on which the first did better, as a mean over seeds")
-    second_better: int
-    difference: float | None = Field(description="first - second, with its own 95 % interval")
-    low: float | None
-    high: float | None
-    p_value: float | None
-    adjusted_p_value: float | None = None
-    shown: bool = False
-    test: str = Field(description="which test, in words; or why there is none")
-
-
-class ReportVariant(Record):
-    """One column of the table: cells that differ by their seed only. `label` is its name for people."""
-
-    name: str
-    label: str
-    method: str
-    overrides: dict[str, Any]
-    seeds: list[str] = Field(description="of the cells that are done")
-    cells: int
-    planned_memory: dict[str, int] = Field(description="bytes by part, as planned")
-    allocated_bytes: float | None = Field(description="measured peak, mean over seeds; a process's on a CPU")
-    reserved_bytes: float | None
-
-
-class ReportCell(Record):
-    name: str
-    variant: str
-    seed: int | None
-    status: str
-    reason: str
-    folder: str
-    value: float | None
-    low: float | None
-    high: float | None
-    learning_rate: float | None
-    planned_peak_bytes: int | None
-    usable_bytes: int | None
-    events: list[str]
-    command: str
-    recipe: str = Field(description="YAML; empty for a cell without a run")
-    curve_tokens: list[int] = Field(description="end of each stretch of steps, in tokens seen")
-    curve_loss: list[float] = Field(description="mean loss over the target tokens of that stretch")
-    curve_steps: int = Field(description="most steps in a stretch; 1: every step is there")
-
-
-class ReportPattern(Record):
-    """How many test rows exactly these variants answer right (in most of their seeds)."""
-
-    right: list[str]
-    rows: int
-
-
-class ReportAnswer(Record):
-    variant: str
-    seed: int | None
-    answer: str
-    read_as: str = Field(description="the prediction that the task took from the answer")
-    correct: bool
-
-
-class ReportExample(Record):
-    """A test row on which variants differ, with what the first seed of each answered."""
-
-    row: int
-    prompt: str
-    target: str
-    answers: list[ReportAnswer]
-
-
-class ReportRecord(Record):
-    """A comparison as a report shows it: report.json, and everything that report.html and report.md say."""
-
-    schema_version: int = SCHEMA_VERSION
-    title: str
-    verdict: str
-    chosen: str | None = Field(description="the variant to take, by its name; None without a verdict")
-    certainty: list[str]
-    model: str
-    task: str
-    metric: str
-    higher_is_better: bool
-    as_percent: bool
-    test_data: str
-    test_rows: int
-    train_data: str
-    variants: list[ReportVariant]
-    table: list[ReportRow]
-    pairs: list[PairTest]
-    patterns: list[ReportPattern]
-    examples: list[ReportExample]
-    cells: list[ReportCell]
-    search: dict[str, Any] | None
-    hardware: dict[str, Any]
-    versions: dict[str, list[str]]
-    commands: list[str]
-    notes: list[str]
 
 
 RecordType = TypeVar("RecordType", bound=Record)

@@ -1,0 +1,264 @@
+"""Does an adapter that loses half of its parameters while it trains score as well as one that keeps them?
+
+    python benchmarks/dynamic_rank/run.py --model shared/models/reader-16m --data shared/data \
+        --output runs/dynamic-rank --results benchmarks/results/dynamic-rank --gpus 4 --at-once 24 --minutes 8.5
+
+Arms: LoRA of the whole rank (64) and of half, method dynamic from 64 to half of the parameters, the same with random
+directions kept, PEFT's AdaLoRA from 64 to 32, and the whole LoRA shrunk to half when it is finished. Tasks: IMDb
+(accuracy, higher is better) and GSM8K (loss on the answers, lower is better; cell.py says why). Every arm has its own
+learning rate, the best of four by the loss on 400 training rows that were held out, with a seed that no final run has;
+`shrunk` is made of the finished `lora`. Then three seeds are trained on more rows and scored on the test rows.
+
+Every cell is a process of its own, several to a GPU, so times are not to be compared. What is done is not done again:
+the same command goes on. After --minutes no process is left running and the table of what there is, is printed.
+`--try` runs tiny sizes on a CPU. Needs nothing from the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thriftune.report.statistics import over_rows_and_seeds
+
+TRAINED = ("lora", "lora-half", "dynamic", "adalora", "random")
+ARMS = (*TRAINED, "shrunk")
+TASKS = ("imdb", "gsm8k")
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+ADALORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)  # its singular values start at zero and its factors are small
+SEARCH_SEED, SEEDS = 1000, (1, 2, 3)
+Key = tuple[str, str, float, int, str]
+
+
+@dataclass
+class Pool:
+    """Processes beside each other, each on the GPU that has fewest of them."""
+
+    settings: Path
+    logs: Path
+    gpus: int
+    at_once: int
+    running: dict[Key, tuple[subprocess.Popen[bytes], int]] = field(default_factory=dict)
+    failed: list[Key] = field(default_factory=list)
+
+    def start(self, key: Key) -> None:
+        task, arm, rate, seed, phase = key
+        spec = {"task": task, "arm": arm, "rate": rate, "seed": seed, "phase": phase}
+        busy = [gpu for _, gpu in self.running.values()]
+        gpu = min(range(max(1, self.gpus)), key=busy.count)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "2" if self.gpus else "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": str(gpu) if self.gpus else "",
+        }
+        command = [sys.executable, str(Path(__file__).with_name("cell.py")), json.dumps(spec), str(self.settings)]
+        with (self.logs / f"{'-'.join(map(str, key))}.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self.running[key] = (process, gpu)
+
+    def collect(self) -> None:
+        for key, (process, _) in list(self.running.items()):
+            if process.poll() is not None:
+                del self.running[key]
+                self.failed += [key] if process.returncode else []
+
+    def stop(self) -> None:
+        for process, _ in self.running.values():
+            process.terminate()
+        for process, _ in self.running.values():
+            process.wait()
+
+
+def rates_of(arm: str) -> Sequence[float]:
+    return ADALORA_RATES if arm == "adalora" else RATES
+
+
+def read_records(results: Path) -> dict[Key, dict[str, Any]]:
+    found = {}
+    for path in results.glob("*-seed*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found[(record["task"], record["arm"], record["rate"], record["seed"], record["phase"])] = record
+    return found
+
+
+def best_rate(records: dict[Key, dict[str, Any]], task: str, arm: str, rates: Sequence[float]) -> float | None:
+    """None until every rate was tried."""
+    losses = {rate: records.get((task, arm, rate, SEARCH_SEED, "search")) for rate in rates}
+    if any(record is None for record in losses.values()):
+        return None
+    return min(losses, key=lambda rate: (losses[rate] or {})["eval_loss"])
+
+
+def wanted(records: dict[Key, dict[str, Any]], arguments: argparse.Namespace) -> Iterator[Key]:
+    """Every cell that can run now and is not done: final ones first, whose arm has its rate."""
+    chosen = {
+        (task, arm): best_rate(records, task, arm, arguments.rates or rates_of(arm))
+        for task in arguments.tasks
+        for arm in TRAINED
+    }
+    for seed in arguments.seeds:
+        for (task, arm), rate in chosen.items():
+            if rate is not None and (task, arm, rate, seed, "final") not in records:
+                yield (task, arm, rate, seed, "final")
+    for task in arguments.tasks:
+        for arm in TRAINED:
+            for rate in arguments.rates or rates_of(arm):
+                if (task, arm, rate, SEARCH_SEED, "search") not in records:
+                    yield (task, arm, rate, SEARCH_SEED, "search")
+
+
+def run_all(pool: Pool, arguments: argparse.Namespace) -> None:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    while time.monotonic() < deadline:
+        pool.collect()
+        todo = [key for key in wanted(read_records(arguments.results), arguments) if key not in pool.failed]
+        waiting = [key for key in todo if key not in pool.running]
+        if not waiting and not pool.running:
+            break
+        for key in waiting[: arguments.at_once - len(pool.running)]:
+            pool.start(key)
+        time.sleep(0.5)
+    pool.stop()
+
+
+def print_table(arguments: argparse.Namespace, failed: Sequence[Key]) -> None:
+    records = read_records(arguments.results)
+    summary: list[dict[str, Any]] = []
+    for task in arguments.tasks:
+        print(f"\n{task}: {'accuracy, higher is better' if task == 'imdb' else 'loss on answers, lower is better'}")
+        print(
+            f"{'arm':10} {'rate':>8} {'seeds':>5} {'parameters':>11} {'score':>9} {'95 % interval':>19} "
+            f"{'- lora':>9} {'95 % interval':>19} {'- lora-half':>11} {'95 % interval':>19}"
+        )
+        for arm in ARMS:
+            row = table_row(records, task, arm, arguments)
+            if row is None:
+                print(f"{arm:10} no result")
+                continue
+            summary.append(row)
+            print(line_of(row))
+    (arguments.results / "table.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    for key in failed:
+        print("failed:", *key, f"(see {arguments.output}/logs)")
+
+
+def table_row(
+    records: dict[Key, dict[str, Any]], task: str, arm: str, arguments: argparse.Namespace
+) -> dict[str, Any] | None:
+    of_arm = finals(records, task, arm)
+    if not of_arm:
+        return None
+    first = next(iter(of_arm.values()))
+    rates = arguments.rates or rates_of(arm)
+    rate = first["rate"]
+    return {
+        "task": task,
+        "arm": arm,
+        "rate": rate,
+        "rate_at_edge": arm != "shrunk" and rate in (rates[0], rates[-1]),
+        "seeds": sorted(of_arm),
+        "parameters": round(sum(record["parameters"] for record in of_arm.values()) / len(of_arm)),
+        "cut_s": sum(cut["cut_s"] for cut in first.get("cuts", [])),
+        **{f"score_{key}": value for key, value in estimate(of_arm, None, task).items()},
+        **{
+            f"minus_{other}_{key}": value
+            for other in ("lora", "lora-half")
+            if other != arm and set(finals(records, task, other)) & set(of_arm)
+            for key, value in estimate(of_arm, finals(records, task, other), task).items()
+        },
+    }
+
+
+def finals(records: dict[Key, dict[str, Any]], task: str, arm: str) -> dict[int, dict[str, Any]]:
+    return {key[3]: record for key, record in records.items() if key[:2] == (task, arm) and key[4] == "final"}
+
+
+def estimate(one: dict[int, Any], other: dict[int, Any] | None, task: str) -> dict[str, float]:
+    """The mean over rows and seeds, or that of the difference on the same rows and seeds, with its 95 % interval."""
+    seeds = sorted(set(one) & set(other)) if other is not None else sorted(one)
+    values = [one[seed]["rows"] for seed in seeds]
+    if other is not None:
+        values = [[a - b for a, b in zip(one[seed]["rows"], other[seed]["rows"], strict=True)] for seed in seeds]
+    rows = [sum(row) / len(row) for row in zip(*values, strict=True)]
+    by_seed = [sum(row) / len(row) for row in values]
+    continuity = task == "imdb" and other is not None
+    found = over_rows_and_seeds(rows, [1.0] * len(rows), by_seed, continuity=continuity)
+    low, high = found.interval()
+    return {"mean": found.mean, "low": low, "high": high}
+
+
+def line_of(row: dict[str, Any]) -> str:
+    def told(prefix: str, width: int) -> str:
+        if f"{prefix}_mean" not in row:
+            return f"{'':{width}} {'':19}"
+        interval = f"{row[f'{prefix}_low']:+.4f} {row[f'{prefix}_high']:+.4f}"
+        return f"{row[f'{prefix}_mean']:{width}.4f} {interval:>19}"
+
+    edge = "!" if row["rate_at_edge"] else ""
+    return (
+        f"{row['arm']:10} {row['rate']:>7g}{edge:1} {len(row['seeds']):>5} {row['parameters']:>11,} {told('score', 9)} "
+        f"{told('minus_lora', 9)} {told('minus_lora-half', 11)}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="a folder with imdb/ and gsm8k/")
+    parser.add_argument("--output", type=Path, required=True, help="run folders and logs")
+    parser.add_argument("--results", type=Path, required=True, help="one JSON record a cell, and table.json")
+    parser.add_argument("--gpus", type=int, default=4)
+    parser.add_argument("--at-once", type=int, default=24)
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--train-rows", type=int, default=8000)
+    parser.add_argument("--search-rows", type=int, default=4400, help="of which 400 judge a rate")
+    parser.add_argument("--test-rows", type=int, default=5000)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--try", dest="trial", action="store_true", help="tiny sizes, to try the script")
+    arguments = parser.parse_args()
+    arguments.seeds, arguments.rates, rank = SEEDS, None, 64
+    if arguments.trial:
+        arguments.gpus, arguments.at_once, rank = 0, 1, 8
+        arguments.seeds, arguments.rates = (1, 2), (1e-3,)
+        arguments.train_rows, arguments.search_rows, arguments.test_rows = 32, 48, 24
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    logs = arguments.output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    settings = {
+        **{name: str(Path(getattr(arguments, name)).absolute()) for name in ("model", "data", "output", "results")},
+        **{name: getattr(arguments, name) for name in ("train_rows", "search_rows", "test_rows")},
+        "judged_rows": 400 if rank == 64 else 16,
+        "rank": rank,
+        "keep": 0.5,
+        "round_to": 8 if rank == 64 else 1,
+        "rows_a_step": 32 if rank == 64 else 4,
+    }
+    arguments.settings = arguments.output / "settings.json"
+    arguments.settings.write_text(json.dumps(settings), encoding="utf-8")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    pool = Pool(arguments.settings, arguments.output / "logs", arguments.gpus, arguments.at_once)
+    try:
+        run_all(pool, arguments)
+    finally:
+        pool.stop()
+    print_table(arguments, pool.failed)
+    if pool.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

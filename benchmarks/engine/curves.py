@@ -1,0 +1,141 @@
+"""Do the engine's precisions train like autograd? IMDb on a small pretrained Llama, the same rows and seeds for all.
+
+    python benchmarks/engine/curves.py --model ../shared/models/reader-16m --data ../shared/data/imdb \
+        --output runs/curves --results benchmarks/results/engine-curves --gpus 4 --at-once 18
+
+LoRA over bfloat16 and over NF4, each through autograd, through the engine, and through the engine with fp8 products:
+one pass over 24,000 rows with three seeds, the loss of 1,000 held-out training rows, the accuracy on 5,000 test rows.
+Cells are processes beside each other, so their times are not comparable; a cell whose record is there is not run again.
+The table comes last. `--try` takes few rows and steps, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+WORDS = [
+    *("max_length=512", "cut_prompt=start", "num_train_epochs=1", "per_device_train_batch_size=32"),
+    *("gradient_accumulation_steps=1", "learning_rate=1e-3", "warmup_ratio=0.05", "lr_scheduler_type=linear"),
+    *("eval_fraction=0.04", "max_eval_samples=1000", "save_strategy=no", "logging_steps=100", "optim=adamw_torch"),
+]
+FEW = ["max_samples=200", "max_steps=4", "max_length=128", "per_device_train_batch_size=4"]
+VARIANTS = {
+    "lora, autograd": ["method=lora", "engine=off"],
+    "lora, engine": ["method=lora"],
+    "lora, engine, fp8": ["method=lora", "precision=fp8"],
+    "qlora, autograd": ["method=qlora", "engine=off"],
+    "qlora, engine": ["method=qlora"],
+    "qlora, engine, fp8": ["method=qlora", "precision=fp8"],
+}
+SEEDS = (1, 2, 3)
+STRETCH = 25  # steps, of which a curve keeps the mean loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--try", dest="few", action="store_true")
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + 60 * arguments.minutes
+    cells = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
+    waiting = [cell for cell in cells if not record_of(*cell, arguments.results).exists()]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    started = 0
+    while (waiting or running) and time.monotonic() < ends:
+        while waiting and len(running) < arguments.at_once:
+            cell = waiting.pop(0)
+            running[cell] = start(*cell, started % max(1, arguments.gpus), arguments)
+            started += 1
+        time.sleep(0.5)
+        for cell, process in list(running.items()):
+            if process.poll() is not None:
+                del running[cell]
+                if process.returncode:
+                    print("failed:", *cell, "see", folder_of(*cell, arguments.output).with_suffix(".log"), flush=True)
+                else:
+                    keep(*cell, arguments)
+    for process in running.values():
+        process.terminate()
+    print_table(arguments.results)
+
+
+def folder_of(variant: str, seed: int, output: Path) -> Path:
+    return output / f"{variant.replace(', ', '-')}-seed{seed}"
+
+
+def record_of(variant: str, seed: int, results: Path) -> Path:
+    return results / f"{variant.replace(', ', '-')}-seed{seed}.json"
+
+
+def start(variant: str, seed: int, gpu: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """Train, then score, in one shell; what they print goes to a log beside the run's folder."""
+    folder = folder_of(variant, seed, arguments.output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    words = [*WORDS, *VARIANTS[variant], f"seed={seed}", f"data.path={arguments.data}", *(FEW if arguments.few else [])]
+    program = f"{sys.executable} -m thriftune"
+    train = f"{program} train {arguments.model} --data imdb --output {folder} {' '.join(words)}"
+    limit = 16 if arguments.few else 5000
+    score = f"{program} eval {folder} --task imdb --data {arguments.data} --limit {limit} --json > {folder}.score.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if arguments.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    with folder.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(["bash", "-c", f"{train} && {score}"], stdout=log, stderr=log, env=environment)
+
+
+def keep(variant: str, seed: int, arguments: argparse.Namespace) -> None:
+    folder = folder_of(variant, seed, arguments.output)
+    run = json.loads((folder / "record.json").read_text())
+    score = json.loads(Path(f"{folder}.score.json").read_text())
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [step["loss"] for step in steps]
+    found = {
+        "variant": variant,
+        "seed": seed,
+        **{key: run[key] for key in ("path", "path_reason", "steps", "tokens", "loss", "eval_loss", "command")},
+        **{key: run[key] for key in ("hardware", "versions")},
+        "accuracy": score["value"],
+        "rows": score["rows"],
+        "curve": [statistics.fmean(losses[first : first + STRETCH]) for first in range(0, len(losses), STRETCH)],
+    }
+    record_of(variant, seed, arguments.results).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def print_table(results: Path) -> None:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(results.glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["variant"], []).append(record)
+    print(
+        "| variant | seeds | loss at the end | held-out loss | against autograd | accuracy |\n|---|---|---|---|---|---|"
+    )
+    for variant, records in found.items():
+        plain = {record["seed"]: record for record in found.get(f"{variant.split(',')[0]}, autograd", [])}
+        pairs = [(record, plain[record["seed"]]) for record in records if record["seed"] in plain]
+        off = [record["eval_loss"] / other["eval_loss"] - 1 for record, other in pairs]
+        scores = [100 * record["accuracy"] for record in records]
+        loss, held_out = (statistics.fmean(record[key] for record in records) for key in ("loss", "eval_loss"))
+        against = " ".join(f"{share:+.2%}" for share in off)
+        print(
+            f"| {variant} | {len(records)} | {loss:.4f} | {held_out:.4f} | {against} | "
+            f"{statistics.fmean(scores):.2f} % ({', '.join(f'{score:.2f}' for score in scores)}) |"
+        )
+
+
+if __name__ == "__main__":
+    main()
