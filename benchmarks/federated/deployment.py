@@ -211,7 +211,7 @@ def act_as_rogue(folder: Path, server: str) -> None:
     keys = read_site_keys(asked.certificates)
     own.mkdir(parents=True)
     prepared = prepare_run(recipe_of_rounds(recipe))
-    base = open_base(prepared, own)
+    base = open_base(prepared, own, print)
     site = Site(base, keys.site, prepared.data.train, own, [], keeps=False)
     first = b""
     with SiteLink(keys, server, own / "flower") as link:

@@ -52,7 +52,7 @@ class Federation:
         self.prepared: Prepared = prepare_run(recipe_of_rounds(recipe))
         self.output = Path(self.prepared.recipe.output or "")
         self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output)
-        self.base: Base = open_base(self.prepared, self.output)
+        self.base: Base = open_base(self.prepared, self.output, lambda text: None)
 
     def site(self, name: str, keeps: bool = False) -> Site:
         folder = self.output / name

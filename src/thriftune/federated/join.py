@@ -42,7 +42,7 @@ def join(asked: Joining, say: Callable[[str], None]) -> Path:
     output = asked.output or Path("runs") / f"federated-{keys.site}"
     output.mkdir(parents=True, exist_ok=True)
     prepared = prepare_run(recipe_of_rounds(asked.recipe).replace(output=str(output)), force=asked.force)
-    base = open_base(prepared, output)
+    base = open_base(prepared, output, say)
     say(f"site {keys.site}: {len(prepared.data.train):,} rows; path: {base.path.name} ({base.path_reason})")
     observers: list[Observer] = [MetricsFile(output / "metrics.jsonl"), Events(say)]
     site = Site(base, keys.site, prepared.data.train, output, observers, keeps=True)

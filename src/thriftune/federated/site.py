@@ -27,10 +27,11 @@ from thriftune.federated.aggregate import Adapter
 from thriftune.federated.message import Header, expect, factors_of, open_message, pack_update
 from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS
-from thriftune.models import LoadedModel, load_model
+from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
 from thriftune.records import StepMetrics
-from thriftune.run import Prepared, export_result, make_job, with_path
+from thriftune.run import Prepared, export_result, make_job
+from thriftune.run_path import load_base, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob
 from thriftune.train.checkpoint import TrainState, check_identity, find_checkpoint, prune_checkpoints, write_checkpoint
 from thriftune.train.distributed import Processes
@@ -56,8 +57,8 @@ class Base:
 def check_recipe(recipe: Recipe) -> None:
     """Raise RecipeError for what sites cannot do together."""
     problems = recipe.federated.contradictions()
-    if recipe.method == "full":
-        problems.append("method full: sites share an adapter; use method lora, qlora or auto")
+    if recipe.method not in ("auto", "lora", "qlora"):
+        problems.append(f"method {recipe.method}: sites share an adapter of one rank; use method lora, qlora or auto")
     if recipe.train.weight_decay:
         problems.append("train.weight_decay would shrink what a site does not train; leave it at 0")
     if problems:
@@ -77,18 +78,25 @@ def recipe_of_rounds(recipe: Recipe) -> Recipe:
     return recipe.replace(train={"max_steps": steps})
 
 
-def open_base(prepared: Prepared, output: Path) -> Base:
-    """Load the model and attach the adapter, as a run does."""
+def open_base(prepared: Prepared, output: Path, say: Callable[[str], None]) -> Base:
+    """Load the model, whole or streamed, and attach the adapter, as a run does."""
     recipe, device = prepared.recipe, prepared.device
     method = METHODS[recipe.method]
-    loaded = load_model(
-        recipe.model, device=device, dtype=prepared.dtype, quant=recipe.quant if method.four_bit else None
+    base = load_base(
+        recipe,
+        prepared.description,
+        device=device,
+        dtype=prepared.dtype,
+        four_bit=method.four_bit,
+        streams=prepared.planned.streams or recipe.resident_layers is not None,
+        world=1,
+        say=say,
     )
-    model = method.attach(loaded, recipe)
+    model = method.attach(base.loaded, recipe)
     processes = Processes(0, 1, device)
-    job = make_job(prepared, method, loaded, model, processes, output, "the same command again")
-    job, reason = with_path(job, None, lambda text: None)
-    return Base(loaded, job, job.path or generic_path(job), find_places(model), reason)
+    job = make_job(prepared, method, base.loaded, model, processes, output, "the same command again")
+    job, reason = with_path(job, base.store, say)
+    return Base(base.loaded, job, job.path or generic_path(job), find_places(model), reason)
 
 
 class Site:
