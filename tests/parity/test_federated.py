@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from thriftune.errors import InputError
 from thriftune.federated.adapter import Places, start_of
 from thriftune.federated.aggregate import Adapter, Factors
 from thriftune.federated.coordinator import Coordinator, QuorumError
@@ -221,6 +222,30 @@ def test_messages_that_are_cut_changed_old_or_sent_again_are_refused(model: Path
         coordinator.take("a", update.replace(b'"round":0', b'"round":1'))
     with pytest.raises(MessageError, match="bytes of factors"):
         factors_of(open_message(update), {"m": (3, 4)}, coordinator.current)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_rank": 0}, "rank 0"),
+        ({"train_rank": 5}, "rank 5"),
+        ({"round": 3}, "round 4"),
+        ({"round": -1}, "round 0"),
+        ({"rank": 3}, "rank 3, not 4"),
+        ({"site": "b"}, "site 'b', not 'a'"),
+        ({"kind": "end"}, "kind 'end', not 'offer'"),
+        ({"terms": "other"}, "not those of this site"),
+    ],
+)
+def test_an_offer_that_cannot_be_is_refused_by_the_site(
+    model: Path, rows: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    federation = Federation(recipe_of(model, rows, tmp_path), {"a": 4})
+    offer = open_message(federation.coordinator.offer("a"))
+    before = federation.base.places.read()
+    with pytest.raises(InputError, match=words):
+        federation.site("a").answer(pack(offer.header.model_copy(update=change), federation.coordinator.current))
+    assert _same(before, federation.base.places.read(), "a")
 
 
 def test_a_round_goes_on_without_a_missing_site_but_not_without_a_quorum(

@@ -24,7 +24,7 @@ from thriftune.data import Example
 from thriftune.errors import InputError, RecipeError
 from thriftune.federated.adapter import Places, find_places
 from thriftune.federated.aggregate import Adapter
-from thriftune.federated.message import Header, expect, factors_of, open_message, pack_update
+from thriftune.federated.message import Header, MessageError, expect, factors_of, open_message, pack_update
 from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS
 from thriftune.models import LoadedModel
@@ -126,10 +126,6 @@ class Site:
         self._state = TrainState(identity={})
         self.targets = sum(example.num_targets for example in examples)
 
-    @property
-    def job(self) -> TrainJob:
-        return self._job
-
     def end(self, message: bytes) -> Path:
         """Take the result of the federation, and write it as a PEFT folder. Returns the folder."""
         opened = open_message(message)
@@ -141,8 +137,15 @@ class Site:
         return result
 
     def _check(self, header: Header, kind: str) -> None:
-        expect(header, kind=kind, site=self.name)
-        ours = (self._base.places.fingerprint(), terms_of(self._job.recipe))
+        places, rounds = self._base.places, self._job.recipe.federated.rounds
+        expect(header, kind=kind, site=self.name, half="both", rank=places.rank, differences=False)
+        if not (1 <= header.train_rank <= places.rank and 0 <= header.round < rounds + (kind == "end")):
+            raise MessageError(
+                given=f"an offer of round {header.round + 1} to train rank {header.train_rank}",
+                allowed=f"rounds 1 to {rounds} and ranks 1 to {places.rank}",
+                do="it is not used; look at the coordinator",
+            )
+        ours = (places.fingerprint(), terms_of(self._job.recipe))
         if (header.places, header.terms) != ours:
             raise InputError(
                 given="the coordinator's adapter or its options of the rounds are not those of this site",
