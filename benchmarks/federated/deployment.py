@@ -214,7 +214,7 @@ def act_as_rogue(folder: Path, server: str) -> None:
     base = open_base(prepared, own, print)
     site = Site(base, keys.site, prepared.data.train, own, [], keeps=False)
     first = b""
-    with SiteLink(keys, server, own / "flower") as link:
+    with SiteLink(keys, server, own / "flower", print) as link:
         while True:
             task = link.wait()
             message = open_message(task.data)

@@ -46,7 +46,7 @@ def join(asked: Joining, say: Callable[[str], None]) -> Path:
     say(f"site {keys.site}: {len(prepared.data.train):,} rows; path: {base.path.name} ({base.path_reason})")
     observers: list[Observer] = [MetricsFile(output / "metrics.jsonl"), Events(say)]
     site = Site(base, keys.site, prepared.data.train, output, observers, keeps=True)
-    with SiteLink(keys, asked.server, output / "flower") as link:
+    with SiteLink(keys, asked.server, output / "flower", say) as link:
         say(f"joining {asked.server}")
         while True:
             task = link.wait()
