@@ -33,9 +33,9 @@ import httpx
 import psutil
 import torch
 
-from thriftune.federated.flower.common import acquire, acquiring_client
 from thriftune.federated.flower.coordinator import COORDINATOR_TASK
 from thriftune.federated.flower.site import SiteLink
+from thriftune.federated.flower.tasks import acquire, acquiring_client
 from thriftune.federated.join import Joining
 from thriftune.federated.keys import make_keys, read_site_keys
 from thriftune.federated.message import factors_of, open_message, pack
@@ -211,10 +211,10 @@ def act_as_rogue(folder: Path, server: str) -> None:
     keys = read_site_keys(asked.certificates)
     own.mkdir(parents=True)
     prepared = prepare_run(recipe_of_rounds(recipe))
-    base = open_base(prepared, own)
+    base = open_base(prepared, own, print)
     site = Site(base, keys.site, prepared.data.train, own, [], keeps=False)
     first = b""
-    with SiteLink(keys, server, own / "flower") as link:
+    with SiteLink(keys, server, own / "flower", print) as link:
         while True:
             task = link.wait()
             message = open_message(task.data)

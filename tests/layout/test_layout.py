@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "federated": {
         *{"recipe", "records", "data", "models", "methods", "train", "evaluate", "target", "run", "console"},
-        *{"lowrank", "machine"},
+        *{"lowrank", "machine", "run_path"},
     },
 }
 WAITING: set[str] = set()  # rooms on the page whose issue is still open

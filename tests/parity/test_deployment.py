@@ -20,7 +20,7 @@ from thriftune.records import read_record
 
 pytest.importorskip("flwr", reason="Flower (the extra federated) is not installed")
 
-ROUNDS = ["pocket", "method=lora", "lora.r=4", "local_steps=1", "federated.rounds=2", "per_device_train_batch_size=2"]
+ROUNDS = ["pocket", "method=lora", "lora.r=4", "local_steps=1", "federated.rounds=2", "quorum=1"]
 
 
 def start(folder: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
@@ -58,7 +58,8 @@ def test_two_sites_and_two_rounds_over_tls(tmp_path: Path) -> None:
     )  # fmt: skip
     sites = [
         start(
-            tmp_path, name, "join", *ROUNDS, "max_samples=16", "--data", "reviews", "--server", server,
+            tmp_path, name, "join", *ROUNDS, "max_samples=16", "per_device_train_batch_size=2", "--data", "reviews",
+            "--server", server,
             "--certificates", str(certificates / "sites" / name), "--output", str(tmp_path / name),
         )
         for name in ("a", "b")

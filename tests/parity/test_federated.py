@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from thriftune.errors import InputError
 from thriftune.federated.adapter import Places, start_of
 from thriftune.federated.aggregate import Adapter, Factors
 from thriftune.federated.coordinator import Coordinator, QuorumError
@@ -52,7 +53,7 @@ class Federation:
         self.prepared: Prepared = prepare_run(recipe_of_rounds(recipe))
         self.output = Path(self.prepared.recipe.output or "")
         self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output)
-        self.base: Base = open_base(self.prepared, self.output)
+        self.base: Base = open_base(self.prepared, self.output, lambda text: None)
 
     def site(self, name: str, keeps: bool = False) -> Site:
         folder = self.output / name
@@ -147,6 +148,20 @@ def _check_small(federation: Federation, data: bytes) -> None:
     assert len(data) - len(message.body) < 600
 
 
+def test_a_site_of_lower_rank_moves_the_model_about_as_far(model: Path, rows: Path, tmp_path: Path) -> None:
+    """One step from B = 0, where the change is that of B: with one scale for all it would be a quarter as far."""
+    moved = {}
+    for aggregation in ("svd", "fedit"):
+        settings = {"aggregation": aggregation, "local_steps": 1, "send_dtype": "float32"}
+        federation = Federation(recipe_of(model, rows, tmp_path / aggregation, federated=settings), {"s": 1, "l": 4})
+        for name in ("s", "l"):
+            federation.site(name).answer(federation.coordinator.offer(name))
+            now = federation.base.places.read()
+            moved[aggregation, name] = sum(float(part.b_OR.square().sum()) for part in now.values()) ** 0.5
+    assert 0.4 < moved["fedit", "s"] / moved["fedit", "l"] < 0.6  # a quarter of the numbers, each by the rate
+    assert moved["svd", "s"] == pytest.approx(4 * moved["fedit", "s"], rel=0.02)
+
+
 def test_rolora_trains_and_sends_one_factor_a_round(model: Path, rows: Path, tmp_path: Path) -> None:
     federation = Federation(recipe_of(model, rows, tmp_path, federated={"aggregation": "rolora"}), {"a": 4})
     site, shapes = federation.site("a"), federation.base.places.shapes()
@@ -207,6 +222,30 @@ def test_messages_that_are_cut_changed_old_or_sent_again_are_refused(model: Path
         coordinator.take("a", update.replace(b'"round":0', b'"round":1'))
     with pytest.raises(MessageError, match="bytes of factors"):
         factors_of(open_message(update), {"m": (3, 4)}, coordinator.current)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_rank": 0}, "rank 0"),
+        ({"train_rank": 5}, "rank 5"),
+        ({"round": 3}, "round 4"),
+        ({"round": -1}, "round 0"),
+        ({"rank": 3}, "rank 3, not 4"),
+        ({"site": "b"}, "site 'b', not 'a'"),
+        ({"kind": "end"}, "kind 'end', not 'offer'"),
+        ({"terms": "other"}, "not those of this site"),
+    ],
+)
+def test_an_offer_that_cannot_be_is_refused_by_the_site(
+    model: Path, rows: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    federation = Federation(recipe_of(model, rows, tmp_path), {"a": 4})
+    offer = open_message(federation.coordinator.offer("a"))
+    before = federation.base.places.read()
+    with pytest.raises(InputError, match=words):
+        federation.site("a").answer(pack(offer.header.model_copy(update=change), federation.coordinator.current))
+    assert _same(before, federation.base.places.read(), "a")
 
 
 def test_a_round_goes_on_without_a_missing_site_but_not_without_a_quorum(

@@ -84,3 +84,11 @@ def test_ends_without_their_keys_are_refused(monkeypatch, capsys, tmp_path, base
     run("federate", "serve", base, "--certificates", tmp_path).refused("lacks the coordinator's certificate")
     run("federate", "join", base, "--certificates", tmp_path, "--server", "localhost:1").refused("has no key")
     run("federate", "serve", base, "--certificates", tmp_path, "--ranks", "a=0").refused("--ranks a=0")
+
+
+def test_with_noise_the_privacy_loss_is_told(simulate):
+    pytest.importorskip("dp_accounting", reason="dp-accounting (the extra federated) is not installed")
+    words = ["--clients", 3, "aggregation=ffa", "clip_norm=0.1", "noise_multiplier=4"]
+    told = simulate(*words, "--json").ok().json
+    assert 0.0 < told["epsilon"] < 2.0
+    assert [site["loss"] for site in told["rounds"][0]["sites"]] == [None] * 3

@@ -31,7 +31,6 @@ from thriftune.lowrank import lowrank_svd
 Half = Literal["both", "b", "a"]
 MIXED_RANKS = ("svd", "fedit")  # the others are exact at equal ranks only
 NEGLIGIBLE = 1e-4  # share of the mean's energy, in its weakest components, that is given up for room to train
-LINEAR = ("rolora", "ffa")  # what is sent enters the result linearly, so that clipping and noise mean something
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thriftune.errors import InputError, ThriftuneError
-from thriftune.federated.flower.common import TransportError
 from thriftune.federated.flower.site import SiteLink, Task
+from thriftune.federated.flower.tasks import TransportError
 from thriftune.federated.keys import read_site_keys
 from thriftune.federated.message import describe_sent, open_message
 from thriftune.federated.site import Site, open_base, recipe_of_rounds
@@ -42,11 +42,11 @@ def join(asked: Joining, say: Callable[[str], None]) -> Path:
     output = asked.output or Path("runs") / f"federated-{keys.site}"
     output.mkdir(parents=True, exist_ok=True)
     prepared = prepare_run(recipe_of_rounds(asked.recipe).replace(output=str(output)), force=asked.force)
-    base = open_base(prepared, output)
+    base = open_base(prepared, output, say)
     say(f"site {keys.site}: {len(prepared.data.train):,} rows; path: {base.path.name} ({base.path_reason})")
     observers: list[Observer] = [MetricsFile(output / "metrics.jsonl"), Events(say)]
     site = Site(base, keys.site, prepared.data.train, output, observers, keeps=True)
-    with SiteLink(keys, asked.server, output / "flower") as link:
+    with SiteLink(keys, asked.server, output / "flower", say) as link:
         say(f"joining {asked.server}")
         while True:
             task = link.wait()

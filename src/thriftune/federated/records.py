@@ -62,11 +62,10 @@ class FederatedRecord(Record):
     bytes_down: int = Field(description="sum over the rounds")
     bytes_up: int
     meter: dict[str, Any] = Field(
-        default_factory=dict, description="the transport's own count of bytes, where it counts"
+        default_factory=dict, description="bytes as Flower counts them, since the coordinator was last started"
     )
     epsilon: float | None = Field(None, description="privacy loss at federated.delta; None without clip_norm")
     adapter: str
-    events: list[str] = Field(default_factory=list)
     wall_s: float
     recipe: Recipe
     hardware: dict[str, Any]

@@ -52,7 +52,7 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     }
     examples = _share(prepared, share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed), names)
     coordinator = Coordinator(recipe, ranks, output)
-    base = open_base(prepared, output)
+    base = open_base(prepared, output, say)
     if base.places.fingerprint() != coordinator.state.places:
         raise AssertionError("the adapter over the weights is not the one over the shapes")
     say(f"path: {base.path.name} ({base.path_reason})")

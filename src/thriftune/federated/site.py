@@ -3,6 +3,10 @@
 The optimizer's moments never leave the site and stay from round to round (docs/decisions/0010). A site's steps are
 numbered through all rounds: step s of round n is step n * local_steps + s of the schedule and of the order of its
 rows, so a site that missed rounds goes on where the others are.
+
+All ranks have one scale, alpha / R, so a site that trains half of the components would move the model half as far as
+one that trains all. LoRA of rank r makes up for that by its scale of alpha / r; here the rows of A are longer by R /
+r, and the columns of B shorter, while they train.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ from thriftune.data import Example
 from thriftune.errors import InputError, RecipeError
 from thriftune.federated.adapter import Places, find_places
 from thriftune.federated.aggregate import Adapter
-from thriftune.federated.message import Header, expect, factors_of, open_message, pack_update
+from thriftune.federated.message import Header, MessageError, expect, factors_of, open_message, pack_update
 from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS
-from thriftune.models import LoadedModel, load_model
+from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
 from thriftune.records import StepMetrics
-from thriftune.run import Prepared, export_result, make_job, with_path
+from thriftune.run import Prepared, export_result, make_job
+from thriftune.run_path import load_base, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob
 from thriftune.train.checkpoint import TrainState, check_identity, find_checkpoint, prune_checkpoints, write_checkpoint
 from thriftune.train.distributed import Processes
@@ -52,8 +57,8 @@ class Base:
 def check_recipe(recipe: Recipe) -> None:
     """Raise RecipeError for what sites cannot do together."""
     problems = recipe.federated.contradictions()
-    if recipe.method == "full":
-        problems.append("method full: sites share an adapter; use method lora, qlora or auto")
+    if recipe.method not in ("auto", "lora", "qlora"):
+        problems.append(f"method {recipe.method}: sites share an adapter of one rank; use method lora, qlora or auto")
     if recipe.train.weight_decay:
         problems.append("train.weight_decay would shrink what a site does not train; leave it at 0")
     if problems:
@@ -73,18 +78,25 @@ def recipe_of_rounds(recipe: Recipe) -> Recipe:
     return recipe.replace(train={"max_steps": steps})
 
 
-def open_base(prepared: Prepared, output: Path) -> Base:
-    """Load the model and attach the adapter, as a run does."""
+def open_base(prepared: Prepared, output: Path, say: Callable[[str], None]) -> Base:
+    """Load the model, whole or streamed, and attach the adapter, as a run does."""
     recipe, device = prepared.recipe, prepared.device
     method = METHODS[recipe.method]
-    loaded = load_model(
-        recipe.model, device=device, dtype=prepared.dtype, quant=recipe.quant if method.four_bit else None
+    base = load_base(
+        recipe,
+        prepared.description,
+        device=device,
+        dtype=prepared.dtype,
+        four_bit=method.four_bit,
+        streams=prepared.planned.streams or recipe.resident_layers is not None,
+        world=1,
+        say=say,
     )
-    model = method.attach(loaded, recipe)
+    model = method.attach(base.loaded, recipe)
     processes = Processes(0, 1, device)
-    job = make_job(prepared, method, loaded, model, processes, output, "the same command again")
-    job, reason = with_path(job, None, lambda text: None)
-    return Base(loaded, job, job.path or generic_path(job), find_places(model), reason)
+    job = make_job(prepared, method, base.loaded, model, processes, output, "the same command again")
+    job, reason = with_path(job, base.store, say)
+    return Base(base.loaded, job, job.path or generic_path(job), find_places(model), reason)
 
 
 class Site:
@@ -114,10 +126,6 @@ class Site:
         self._state = TrainState(identity={})
         self.targets = sum(example.num_targets for example in examples)
 
-    @property
-    def job(self) -> TrainJob:
-        return self._job
-
     def end(self, message: bytes) -> Path:
         """Take the result of the federation, and write it as a PEFT folder. Returns the folder."""
         opened = open_message(message)
@@ -129,8 +137,15 @@ class Site:
         return result
 
     def _check(self, header: Header, kind: str) -> None:
-        expect(header, kind=kind, site=self.name)
-        ours = (self._base.places.fingerprint(), terms_of(self._job.recipe))
+        places, rounds = self._base.places, self._job.recipe.federated.rounds
+        expect(header, kind=kind, site=self.name, half="both", rank=places.rank, differences=False)
+        if not (1 <= header.train_rank <= places.rank and 0 <= header.round < rounds + (kind == "end")):
+            raise MessageError(
+                given=f"an offer of round {header.round + 1} to train rank {header.train_rank}",
+                allowed=f"rounds 1 to {rounds} and ranks 1 to {places.rank}",
+                do="it is not used; look at the coordinator",
+            )
+        ours = (places.fingerprint(), terms_of(self._job.recipe))
         if (header.places, header.terms) != ours:
             raise InputError(
                 given="the coordinator's adapter or its options of the rounds are not those of this site",
@@ -169,7 +184,10 @@ class Site:
         if rounds.aggregation == "fedit":
             without_components_beyond(places, header.train_rank)
         before = places.read()
+        longer = places.rank / header.train_rank if rounds.aggregation == "svd" else 1.0
+        places.stretch(header.train_rank, longer)
         loss, train_s = self._train(header)
+        places.stretch(header.train_rank, 1.0 / longer)
         after = places.read()
         self._check_frozen(before, after, header)
         if self._keeps:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from thriftune.federated.flower.common import (
+from thriftune.federated.flower.tasks import (
     POLL_S,
     Heartbeat,
     TransportError,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from thriftune.errors import InputError
-from thriftune.federated.flower.common import (
+from thriftune.federated.flower.tasks import (
     POLL_S,
     Heartbeat,
     TransportError,
@@ -34,7 +35,8 @@ TRIES = 5
 class SiteLink:
     """The SuperNode of a site, and the tasks that come through it. It is started again when it ends."""
 
-    def __init__(self, keys: SiteKeys, server: str, folder: Path) -> None:
+    def __init__(self, keys: SiteKeys, server: str, folder: Path, say: Callable[[str], None]) -> None:
+        self._say = say
         self._environment = prepare(folder)
         self._keys, self._server, self._folder = keys, server, folder
         self._secret = new_secret(folder)
@@ -54,6 +56,8 @@ class SiteLink:
                     return Task(self._address, token)
             except httpx.TransportError:
                 pass  # the SuperNode is starting
+            except TransportError as error:
+                self._say(f"{error.given}; {error.do}")
             time.sleep(POLL_S)
 
     def close(self) -> None:
@@ -102,12 +106,22 @@ class Task:
     """One message for this site. Exactly one of `reply` and `fail` ends it; the heart beats until then."""
 
     def __init__(self, address: str, token: str) -> None:
+        """Raises TransportError when the message cannot be had."""
+        import httpx
         from flwr.supernode.runtime.run_clientapp import pull_task_input
 
         self._client = client(address, None, "flwr-clientapp", token)
+        try:
+            self._message, self._context, _, _ = pull_task_input(self._client)
+            self.data: bytes = bytes_of(self._message)
+        except (httpx.HTTPError, RuntimeError, KeyError, ValueError) as error:
+            self._client.close()
+            raise TransportError(
+                given=f"a message that cannot be had: {error}",
+                allowed="a connection that lasts as long as a message",
+                do="nothing: the coordinator goes on without it, and asks again in the next round",
+            ) from None
         self._beat = Heartbeat(self._client)
-        self._message, self._context, _, _ = pull_task_input(self._client)
-        self.data: bytes = bytes_of(self._message)
 
     def reply(self, data: bytes) -> None:
         self._end(content(data))

@@ -1,4 +1,4 @@
-"""What both ends share: Flower's settings, the secret of a machine, taking tasks, bytes as messages."""
+"""Taking tasks from Flower and carrying bytes in its messages: what both ends share, and a machine's secret."""
 
 from __future__ import annotations
 
