@@ -84,6 +84,9 @@ def test_ends_without_their_keys_are_refused(monkeypatch, capsys, tmp_path, base
     run("federate", "serve", base, "--certificates", tmp_path).refused("lacks the coordinator's certificate")
     run("federate", "join", base, "--certificates", tmp_path, "--server", "localhost:1").refused("has no key")
     run("federate", "serve", base, "--certificates", tmp_path, "--ranks", "a=0").refused("--ranks a=0")
+    run("federate", "keys", "--sites", "a,b", "-o", tmp_path / "certs").ok()
+    words = ["--certificates", tmp_path / "certs", "--ranks", "a=4,c=4", "-o", tmp_path / "fed"]
+    run("federate", "serve", base, *words).refused("--ranks names c", "the sites a, b")
 
 
 def test_with_noise_the_privacy_loss_is_told(simulate):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from thriftune.errors import InputError
 from thriftune.federated.coordinator import Coordinator, QuorumError
 from thriftune.federated.flower.coordinator import CoordinatorLink, Reply
 from thriftune.federated.keys import read_coordinator_keys
@@ -43,6 +44,12 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     quiet_libraries()
     keys = read_coordinator_keys(asked.certificates)
+    if strangers := [site for site in asked.ranks if site not in keys.sites]:
+        raise InputError(
+            given=f"--ranks names {', '.join(strangers)}, who has no key in {asked.certificates}",
+            allowed=f"the sites {', '.join(keys.sites)}",
+            do="correct the name",
+        )
     recipe = recipe_of_rounds(asked.recipe)
     recipe = recipe.resolved("lora" if recipe.method == "auto" else recipe.method, str(asked.output))
     sites = {site: asked.ranks.get(site, recipe.lora.r) for site in keys.sites}
