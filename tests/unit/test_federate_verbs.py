@@ -85,6 +85,12 @@ def test_ends_without_their_keys_are_refused(monkeypatch, capsys, tmp_path, base
     run("federate", "join", base, "--certificates", tmp_path, "--server", "localhost:1").refused("has no key")
     run("federate", "serve", base, "--certificates", tmp_path, "--ranks", "a=0").refused("--ranks a=0")
     run("federate", "keys", "--sites", "a,b", "-o", tmp_path / "certs").ok()
+    for others in ("certs", "certs/coordinator"):
+        of_others = ["--certificates", tmp_path / others, "--server", "localhost:1"]
+        run("federate", "join", base, *of_others).refused("not of a site", "CERTS/sites/NAME")
+    for server in ("localhost", ":8000", "localhost:x", "localhost:99999"):
+        of_a = ["--certificates", tmp_path / "certs" / "sites" / "a", "--server", server]
+        run("federate", "join", base, *of_a).refused(f"--server {server}", "HOST:PORT")
     words = ["--certificates", tmp_path / "certs", "--ranks", "a=4,c=4", "-o", tmp_path / "fed"]
     run("federate", "serve", base, *words).refused("--ranks names c", "the sites a, b")
 

@@ -39,6 +39,13 @@ def join(asked: Joining, say: Callable[[str], None]) -> Path:
     Given again with the same output, it goes on with the optimizer of the last round that it finished.
     """
     keys = read_site_keys(asked.certificates)
+    host, _, port = asked.server.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(
+            given=f"--server {asked.server}",
+            allowed="HOST:PORT, the coordinator's name and its port",
+            do="for example --server hub.example.org:8000",
+        )
     output = asked.output or Path("runs") / f"federated-{keys.site}"
     output.mkdir(parents=True, exist_ok=True)
     prepared = prepare_run(recipe_of_rounds(asked.recipe).replace(output=str(output)), force=asked.force)

@@ -71,6 +71,12 @@ def read_site_keys(folder: Path) -> SiteKeys:
             allowed="the folder of one site, CERTS/sites/NAME, with authority.pem and NAME.key",
             do="make them with: thriftune federate keys --output CERTS --sites NAME,...",
         )
+    if (folder / "sites").is_dir():
+        raise InputError(
+            given=f"--certificates {folder} holds the keys of the authority or the coordinator, not of a site",
+            allowed="the folder of one site, CERTS/sites/NAME, with authority.pem and NAME.key",
+            do="name that folder; the others' private keys do not belong at a site",
+        )
     return SiteKeys(keys[0].stem, folder / "authority.pem", keys[0])
 
 
