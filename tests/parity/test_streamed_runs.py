@@ -185,7 +185,7 @@ def test_options_that_contradict_streaming_are_refused(model, rows, tmp_path) ->
     for wrong in ("on", {"layers": 3}, {"resident_layers": -1}, {"resident_layers": True}, {}):
         with pytest.raises(RecipeError, match=r"auto, off or \{resident_layers: N\}"):
             tiny_recipe(model, rows, tmp_path / "run", method="qlora", engine="auto", offload=wrong)
-    with pytest.raises(RecipeError, match="not a number of bytes"):
+    with pytest.raises(RecipeError, match="expects a size above 0 with its unit"):
         tiny_recipe(model, rows, tmp_path / "run", max_memory="lots")
 
 
