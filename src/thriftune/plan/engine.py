@@ -100,7 +100,7 @@ class EngineCase:
 
 def engine_case(shape: ModelShape, adapter: Adapter, setup: Setup, gpu: Gpu | None) -> EngineCase:
     """Only where the engine takes the model. 16-bit weights lie in the stacks' buffers, whose further rows and columns
-    hold the adapters' working copies; 4-bit ones are packed, and the layers share a buffer for each size of stack."""
+    hold the adapters' working copies; 4-bit ones are packed, and the layers share buffers."""
     multiple = rank_multiple("cpu" if gpu is None else "cuda", setup.fp8)
     layers = [(_layer(layer, shape.hidden_size, adapter, multiple), len(indices)) for layer, indices in shape.layers]
     sizes = ProgramSizes(layers, shape.hidden_size, shape.vocab_size, setup.value_bytes, setup.fp8)
@@ -108,13 +108,17 @@ def engine_case(shape: ModelShape, adapter: Adapter, setup: Setup, gpu: Gpu | No
     if setup.fp8:
         return EngineCase(shape, adapter, setup, gpu, sizes, _resident_in_fp8(sizes, setup, masters, weights))
     if setup.method == "qlora":
-        kinds = {stack for layer, _ in sizes.layers for stack in layer.stacks}
-        shared = float(sizes.element * sum(stack.buffer for stack in kinds))
+        shared = float(sizes.element * sum(stack.buffer for stack in _that_share(sizes)))
         return EngineCase(shape, adapter, setup, gpu, sizes, Resident(weights, masters, shared))
     own = sum(layer.buffers * count for layer, count in sizes.layers)
     plain = sum(stack.size_in * stack.size_out * count for layer, count in sizes.layers for stack in layer.stacks)
     copies = float(sizes.element * (own - plain))
     return EngineCase(shape, adapter, setup, gpu, sizes, Resident(weights, masters + copies, 0.0))
+
+
+def _that_share(sizes: ProgramSizes) -> list[StackSizes]:
+    """Of stacks that are alike in all layers, one each; those of one layer are there at once, alike or not."""
+    return [stack for _, stack in {found for layer, _ in sizes.layers for found in enumerate(layer.stacks)}]
 
 
 def _resident_in_fp8(sizes: ProgramSizes, setup: Setup, masters: float, weights: float) -> Resident:
@@ -123,7 +127,7 @@ def _resident_in_fp8(sizes: ProgramSizes, setup: Setup, masters: float, weights:
     stacks = [(stack, count) for layer, count in sizes.layers for stack in layer.stacks]
     copies = sizes.element * sum(count * stack.copies for stack, count in stacks)
     if setup.method == "qlora":
-        shared = float(sum(stack.fp8_bytes for stack in {stack for stack, _ in stacks}))
+        shared = float(sum(stack.fp8_bytes for stack in _that_share(sizes)))
         return Resident(weights, masters + copies, shared)
     return Resident(weights + sum(count * stack.fp8_bytes for stack, count in stacks), masters + copies, 0.0)
 
