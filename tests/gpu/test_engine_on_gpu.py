@@ -16,6 +16,7 @@ from thriftune.engine.choose import choose_attention
 from thriftune.engine.layer import Keep
 from thriftune.engine.packing import pack
 from thriftune.engine.read import read_program
+from thriftune.engine.takes import why_not_heads
 from thriftune.kernels import cross_entropy, four_bit, fp8, rms_norm, rope, swiglu
 from thriftune.train.loss import loss_sum
 
@@ -218,6 +219,30 @@ def test_attention_kernels_agree(heads: tuple[int, int, int], window: int | None
         for found, exact in zip(run(attention), wanted, strict=True):
             error = (found.float() - exact.float()).norm() / exact.float().norm()
             assert error < 1e-2, attention.name
+
+
+@pytest.mark.parametrize("size", [8, 100, 104, 256, 264])
+def test_the_engine_takes_the_heads_that_flash_attention_takes(size: int) -> None:
+    batch, kind = pack(examples((9, 1, 30)), device()), Kind(size**-0.5, None)
+    q, k, v, out = (rows(batch.segments.tokens, 2 * size, 0).unflatten(1, (2, size)) for _ in range(4))
+    if why_not_heads(size) is None:
+        FlashAttention().forward(q, k, v, batch.segments, kind, out)
+    else:
+        with pytest.raises(RuntimeError):
+            FlashAttention().forward(q, k, v, batch.segments, kind, out)
+
+
+def test_what_cudnn_has_no_plan_for_is_a_refusal_that_can_be_told() -> None:
+    attention = cudnn_attention()
+    import cudnn
+
+    def no_plan(*_: Any) -> None:
+        raise cudnn.cudnnGraphNotSupportedError("no engine")
+
+    batch = pack(examples((9, 1, 30)), device())
+    tensors = tuple(rows(batch.segments.tokens, 64, 0).unflatten(1, (1, 64)) for _ in range(4))
+    with pytest.raises(RuntimeError, match="cuDNN has no plan for this: no engine"):
+        attention._run("forward", no_plan, tensors, batch.segments, Kind(0.125, None))
 
 
 def cudnn_attention() -> Any:

@@ -30,6 +30,7 @@ from thriftune.engine.takes import (
     QKV,
     why_not_adapter,
     why_not_fp8,
+    why_not_heads,
     why_not_method,
     why_not_model,
 )
@@ -64,6 +65,7 @@ def why_not_engine(shape: ModelShape, recipe: Recipe, method: str, adapter: Adap
             "its attention kernels take 16-bit numbers" if gpu is not None and recipe.model.dtype == "float32" else None
         )
         or why_not_model(shape.part_of or shape.model_type, shape.activation, shape.rope)
+        or (_why_not_heads(shape) if gpu is not None else None)
         or (_why_not_fp8(shape, gpu) if recipe.precision == "fp8" else None)
         or why_not_adapter(recipe.lora, any(linear.bias for _, linear, _ in shape.linears()))
         or next((f"an adapter on {path}" for path in adapter.ranks if path.rpartition(".")[2] not in LINEARS), None)
@@ -77,6 +79,10 @@ def _why_not_gpu(gpu: Gpu | None) -> str | None:
         return "it runs on CUDA and on CPUs"
     capability = tuple(int(part) for part in (gpu.compute_capability or "").split(".") if part.isdigit())
     return "this GPU has no bfloat16 products" if gpu.flops_bf16 is None or (0,) < capability < OLDEST else None
+
+
+def _why_not_heads(shape: ModelShape) -> str | None:
+    return next((reason for layer, _ in shape.layers if (reason := why_not_heads(layer.attention.head_dim))), None)
 
 
 def _why_not_fp8(shape: ModelShape, gpu: Gpu | None) -> str | None:
