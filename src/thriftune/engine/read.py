@@ -101,7 +101,7 @@ def follow_adapters(program: Program) -> None:
     """Take over the adapters as the model has them now: with other factors, of other ranks, or gone. Buffers change
     their size one after the other, so that never two models lie in memory. Not with products in 8-bit floats."""
     assert not program.fp8, "recipes with ranks that change refuse precision=fp8"
-    found: list[tuple[Stack, Sequence[str], list[Part]]] = []
+    found: list[tuple[Stack, tuple[str, ...], list[Part]]] = []
     for layer, module in zip(program.layers, program.base.model.layers, strict=True):
         parents = (module.self_attn, module.self_attn, module.mlp, module.mlp)
         for stack, parent, names in zip(layer.stacks, parents, (QKV, OUT, GATE_UP, DOWN), strict=True):
