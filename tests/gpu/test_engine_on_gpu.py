@@ -180,6 +180,22 @@ def test_4_bit_weights_become_8_bit_ones_in_both_layouts(out: int, into: int) ->
 
 
 @needs_fp8
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden_by_8_bits(value: float, rank: int) -> None:
+    """It must reach the loss, which stops the run: in its row, and in no other."""
+    for where in range(2 if rank else 1):
+        x, side = rows(3, 64), rows(3, 16)[:, :rank]
+        (x, side)[where][1, 5] = value
+        left, right = eight(3, 64 + 3 * rank), eight(32, 64 + 3 * rank)
+        right.copy_(torch.ones(32, 64 + 3 * rank, device=device()))
+        ones = torch.ones(32, 1, device=device())
+        scales = fp8.quantise_rows(x, side if rank else None, torch.ones(rank, device=device()), left)
+        found = fp8.product(left, scales, right, ones, BF16, None)
+        assert not bool(found[1].isfinite().any()) and bool(found[[0, 2]].isfinite().all())
+
+
+@needs_fp8
 @pytest.mark.parametrize(("tokens", "size", "into"), [(8192, 4096, 14400), (1, 1024, 4144), (2603, 28672, 4240)])
 def test_fp8_products_are_those_of_the_reference(tokens: int, size: int, into: int) -> None:
     left, right = eight(tokens, into), eight(size, into)
