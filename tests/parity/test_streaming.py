@@ -165,6 +165,31 @@ def test_the_shelf_keeps_times_of_one_pass_only(pair) -> None:
     assert once == often and all(times.bytes for times in once)
 
 
+def test_copies_back_that_nobody_took_are_waited_for_before_their_memory_is_let_go(pair) -> None:
+    """A pass that ran out of memory leaves them on the way; their memory would be used while they arrive."""
+    sent: list[object] = []
+
+    class Counting(HostLane):
+        def send(self, source: Tensor, place: Tensor, free: Any) -> Any:
+            super().send(source, place, free)
+            sent.append(object())
+            return sent[-1]
+
+        def wait(self, arrival: Any) -> None:
+            sent.remove(arrival)
+
+    shelf = HostShelf.of(6, sum(LENGTHS), 64, torch.float32, CPU)
+    shelf.coming = Counting()
+    shelf.begin([30, 37])
+    for part, tokens in enumerate((30, 37)):
+        shelf.put(5, part, torch.ones(tokens, 64))
+    shelf.fetch(5)
+    shelf.take(5, 0)
+    assert len(sent) == 1
+    shelf.begin([30, 37])
+    assert not sent
+
+
 def test_the_shelf_waits_for_what_leaves_before_it_lets_go_of_it(pair) -> None:
     """The positive control of the test above: without the wait, inputs that leave late never arrive."""
 

@@ -72,6 +72,8 @@ class HostShelf:
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._starts = [sum(tokens[:number]) for number in range(len(tokens) + 1)]
+        for arrival, _ in self._back.values():  # of a pass that was broken off: their memory is about to be another's
+            self.coming.wait(arrival)
         self._back.clear()
         self._let_go(0)
         for lane in (self.leaving, self.coming):
