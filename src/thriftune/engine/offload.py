@@ -57,9 +57,9 @@ def choose_offload(sizes: ProgramSizes, free: int | None, demand: Demand) -> Off
     is room for. Where nothing fits the least is returned, and running out of memory decides. `free` bytes can still be
     allocated, None where memory is not counted."""
     layers = sizes.number_of_layers
-    wanted = demand.resident or 0
+    wanted = min(demand.resident or 0, layers)
     if free is None:
-        return Offload(min(wanted, layers), layers, False, min(demand.step_tokens, max(demand.longest, MOST_TOKENS)))
+        return Offload(wanted, layers, False, min(demand.step_tokens, max(demand.longest, MOST_TOKENS)))
     usable = int(free * (1 - SPARE_SHARE)) - SPARE_BYTES
     for on_host, tokens in _ways(demand):
         spare = usable - needed_bytes(sizes, demand, tokens, on_host) - wanted * demand.slab_bytes
@@ -70,7 +70,8 @@ def choose_offload(sizes: ProgramSizes, free: int | None, demand: Demand) -> Off
 
 
 def least_offload(sizes: ProgramSizes, demand: Demand) -> Offload:
-    return Offload(demand.resident or 0, sizes.number_of_layers, True, demand.longest)
+    layers = sizes.number_of_layers
+    return Offload(min(demand.resident or 0, layers), layers, True, demand.longest)
 
 
 def needed_bytes(sizes: ProgramSizes, demand: Demand, tokens: int, inputs_on_host: bool) -> int:

@@ -37,6 +37,7 @@ class EnginePath:
     keep: Keep | None = None
     most_tokens: int | None = None
     name: Literal["engine", "generic"] = "engine"
+    _chosen: bool = False  # which 4-bit layers stay unpacked, in this process
 
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
         keep, most_tokens = self._choose()
@@ -50,8 +51,9 @@ class EnginePath:
     def losses(self, examples: Sequence[Example]) -> tuple[float, int]:
         self.program.copy_masters()
         total, targets = 0.0, 0
-        most_tokens = self.most_tokens or self.room.tokens_of_evaluation(examples)
-        for group in cut_by_tokens(examples, most_tokens):
+        if self.most_tokens is None:
+            self.most_tokens = self.room.tokens_of_evaluation()
+        for group in cut_by_tokens(examples, self.most_tokens):
             batch = pack(group, self.device)
             total += float(self.program.loss(batch, self.attention))
             targets += batch.targets_N.shape[0]
@@ -94,10 +96,13 @@ class EnginePath:
         follow_adapters(self.program)
 
     def _choose(self) -> tuple[Keep, int]:
-        """What layers keep, and tokens at once: chosen at the first step for a step of the longest kind there is."""
-        if self.keep is None or self.most_tokens is None:
-            chosen = self.room.choose(self.most, self.least)
-            self.keep, self.most_tokens = chosen.keep, chosen.most_tokens
+        """What layers keep, and tokens at once: chosen at the first step for a step of the longest kind there is. A
+        resumed run has them from its checkpoint, and beside them unpacks as many layers as there is room for."""
+        if self.keep is None or self.most_tokens is None or not self._chosen:
+            most, least = (self.most, self.least) if self.keep is None else (self.keep, self.keep)
+            chosen, self._chosen = self.room.choose(most, least), True
+            if self.keep is None or self.most_tokens is None:
+                self.keep, self.most_tokens = chosen.keep, chosen.most_tokens
             for layer in self.program.layers[: chosen.held]:
                 layer.hold()
         return self.keep, self.most_tokens
