@@ -18,18 +18,21 @@ MARKS = {"ok": ("ok  ", "green"), "note": ("note", "cyan"), "warn": ("WARN", "bo
 
 
 class ProgressLine:
-    """Step, loss, tokens/s, memory now and peak, power, time left. Live on a terminal; every `every` steps a line."""
+    """Step, loss, tokens/s, memory now and peak, power, time left. Live on a terminal; every `every` steps a line.
 
-    def __init__(self, console: Console, every: int) -> None:
+    A run beside others has a `label`, which stands before each of its lines, and is not live; alone it has none."""
+
+    def __init__(self, console: Console, every: int, label: str) -> None:
         self._console = console
         self._every = every
+        self._label = f"{label}: " if label else ""
         self._live: Live | None = None
         self._last: StepMetrics | None = None
 
     def start(self, first_step: int, num_steps: int) -> None:
         self._first_step, self._num_steps = first_step, num_steps
         self._started = time.perf_counter()
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._label:
             self._live = Live(
                 Text(f"step {first_step}/{num_steps}"), console=self._console, transient=True, refresh_per_second=8
             )
@@ -41,7 +44,7 @@ class ProgressLine:
             self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
         due = metrics.step % self._every == 0 or metrics.step in (self._first_step + 1, self._num_steps)
         if due or metrics.eval_loss is not None:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(f"{self._label}{line}", markup=False, highlight=False, soft_wrap=True)
         self._last = metrics
 
     def _describe(self, metrics: StepMetrics) -> str:
@@ -62,10 +65,10 @@ class ProgressLine:
         return "  ".join(parts)
 
     def event(self, text: str) -> None:
-        self._console.print(Text(text, style="yellow"), soft_wrap=True)
+        self._console.print(Text(f"{self._label}{text}", style="yellow"), soft_wrap=True)
 
     def saved(self, folder: Path) -> None:
-        self._console.print(Text(f"saved {folder}", style="dim"), soft_wrap=True)
+        self._console.print(Text(f"{self._label}saved {folder}", style="dim"), soft_wrap=True)
 
     def end(self) -> None:
         if self._live is not None:

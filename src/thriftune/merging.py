@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from thriftune.data import encode_prompt
-from thriftune.errors import InputError
 from thriftune.infer.merge import (
     compare,
     folder_written_whole,
@@ -23,7 +22,7 @@ from thriftune.methods.full import STORED_DTYPES
 from thriftune.models import LoadedModel, load_model
 from thriftune.models.surgery import dequantise
 from thriftune.recipe import DataRecipe, ModelRecipe
-from thriftune.target import attach_adapter, find_target, load_base
+from thriftune.target import attach_adapter, find_adapter, load_base
 
 PROBES = (
     "What is the capital of France, and why is it known?",
@@ -39,23 +38,17 @@ def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:
     Raises InputError when the target has no adapter, OutputError when `output` is taken, ModelError when the written
     model is not the tuned one. After an error there is no `output`.
     """
-    target = find_target(name)
-    if target.adapter is None:
-        raise InputError(
-            given=f"{name} has no adapter to merge",
-            allowed="a lora or qlora run, or an adapter's folder",
-            do="use it as it is: it is a whole model already",
-        )
+    target, adapter = find_adapter(name, "merge")
     refuse_taken(output)
     loaded = load_base(target, device)
     dtype = STORED_DTYPES.get(loaded.description.stored_dtype or "", torch.bfloat16)
     probes = _probes(loaded, target.recipe.data)
     base_NV = probe_logits(loaded.model, probes)
-    adapted = attach_adapter(loaded.model, target.adapter)
+    adapted = attach_adapter(loaded.model, adapter)
     adapter_NV = probe_logits(adapted, probes)
     if target.four_bit:
         plain: Any = adapted.unload()  # type: ignore[operator]
-        adapted = attach_adapter(dequantise(plain), target.adapter)
+        adapted = attach_adapter(dequantise(plain), adapter)
     with folder_written_whole(output) as folder:
         write_model(merge_adapter(adapted), loaded.tokenizer, folder, dtype)
         base_dtype = loaded.base_dtype
@@ -66,7 +59,7 @@ def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:
     return {
         "merged": str(output),
         "base": target.base.name,
-        "adapter": str(target.adapter),
+        "adapter": str(adapter),
         "dtype": str(dtype).removeprefix("torch."),
         **dataclasses.asdict(check),
     }

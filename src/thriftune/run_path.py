@@ -82,16 +82,10 @@ def load_base(
 
 def hold_memory(device: torch.device, recipe: Recipe, beside_bytes: int) -> None:
     """Hold PyTorch's allocator to what `max_memory` leaves beside the driver's context and `beside_bytes`, which lie
-    outside it. Raises InputError on a CPU, whose memory nothing holds."""
+    outside it. On a CPU the plan has refused it. Raises InputError when nothing is left."""
     cap = recipe.max_memory_bytes
     if cap is None:
         return
-    if device.type != "cuda":
-        raise InputError(
-            given=f"max_memory={recipe.max_memory} on {device}",
-            allowed="max_memory on a GPU",
-            do="leave it out; the system's own limits (ulimit, a container's) hold a process on a CPU",
-        )
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = min(total, cap - OUTSIDE_BYTES - beside_bytes)
     if allowed <= 0:

@@ -101,7 +101,7 @@ def task_data(trained_on: DataRecipe, task: str, data_path: str | None) -> DataR
 
 def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, output: Path | None) -> int:
     """Answer every row of a file, streamed in order. The output file appears under its name once it is whole."""
-    rows = load_file(str(input_file))
+    rows = load_file(str(input_file), "--input")
     target, recipe = _target(name, words)
     opened = open_target(target, choose_device())
     count = 0

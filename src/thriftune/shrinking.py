@@ -21,7 +21,7 @@ from thriftune.methods.cuts import directions_to_keep, energy
 from thriftune.methods.lora import ADAPTER_FILE, CONFIG_FILE, REPLACES_BASE, read_tensors
 from thriftune.methods.ranked import config_of_ranks
 from thriftune.recipe import DynamicRecipe
-from thriftune.target import adapter_config, find_target
+from thriftune.target import adapter_config, find_adapter
 
 A_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_A\.weight")
 OF_A_CHECKPOINT = ("optimizer.safetensors", "optimizer.json", "state.json", "manifest.json")
@@ -50,15 +50,11 @@ def shrink(name: str, output: Path, keep: float, round_to: int | None) -> dict[s
     if not 0 < keep <= 1 or (round_to is not None and round_to < 1):
         given = f"--keep {keep:g}" if not 0 < keep <= 1 else f"--round-to {round_to}"
         raise InputError(given=given, allowed="a share above 0, up to 1; whole blocks of 1 or more", do="correct it")
-    target = find_target(name)
-    if target.adapter is None:
-        raise InputError(
-            given=f"{name} has no adapter to shrink", allowed="a run with an adapter, or its folder", do="name one"
-        )
+    _, adapter = find_adapter(name, "shrink")
     refuse_taken(output)
-    config = adapter_config(target.adapter / CONFIG_FILE)
-    tensors = read_tensors(target.adapter / ADAPTER_FILE)
-    pairs = _pairs(target.adapter, tensors, config)
+    config = adapter_config(adapter / CONFIG_FILE)
+    tensors = read_tensors(adapter / ADAPTER_FILE)
+    pairs = _pairs(adapter, tensors, config)
     views = {module: lowrank_svd(pair.b.double(), pair.a.double()) for module, pair in pairs.items()}
     whole = sum(pair.a.shape[0] * pair.size for pair in pairs.values())
     kept = directions_to_keep(
@@ -75,10 +71,10 @@ def shrink(name: str, output: Path, keep: float, round_to: int | None) -> dict[s
             do="raise --keep, or lower --round-to",
         )
     with folder_written_whole(output) as folder:
-        _write(folder, target.adapter, tensors, config, pairs, views, kept)
+        _write(folder, adapter, tensors, config, pairs, views, kept)
     return {
         "shrunk": str(output),
-        "adapter": str(target.adapter),
+        "adapter": str(adapter),
         "parameters_before": whole,
         "parameters_after": sum(len(directions) * pairs[module].size for module, directions in kept.items()),
         "kept_energy": _kept_energy(pairs, views, kept),

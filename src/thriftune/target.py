@@ -64,6 +64,20 @@ def find_target(name: str) -> Target:
     return Target(name, Recipe(model=base), base, None, False, False)
 
 
+def find_adapter(name: str, verb: str) -> tuple[Target, Path]:
+    """A target and its adapter, which is to be merged or shrunk. Raises InputError when it has none."""
+    target = find_target(name)
+    if target.adapter is not None:
+        return target, target.adapter
+    folder = local_path(name)
+    exists = name == "pocket" or (folder is not None and folder.exists())
+    raise InputError(
+        given=f"{name} has no adapter to {verb}" if exists else f"{name} is no folder here (looked from {Path.cwd()})",
+        allowed="the folder of a run with an adapter, or an adapter's own folder",
+        do="use it as it is, or name a run of method lora, qlora or dynamic" if exists else "correct the path",
+    )
+
+
 def _run_target(folder: Path) -> Target:
     recipe = read_recipe(folder / "recipe.yaml")
     method = METHODS.get(recipe.method)

@@ -122,6 +122,11 @@ def test_a_bad_file_to_answer_is_named_with_its_row(run, base, here, case):
     refused(here, lambda: run("predict", base, "--input", name, "-o", "out.jsonl", "max_new_tokens=2"), says)
 
 
+def test_a_file_to_answer_that_is_none_is_named_by_its_option(run, base, here):
+    refused(here, lambda: run("predict", base, "--input", "nope.jsonl"), "--input 'nope.jsonl' does not exist")
+    refused(here, lambda: run("predict", base, "--input", here), "is a folder")
+
+
 @pytest.mark.parametrize("case", ["a list", "empty"])
 def test_a_bad_file_to_evaluate_on_is_named(train, here, case):
     name, content, says = BAD_FILES[case]
@@ -208,7 +213,9 @@ def test_a_recipe_that_is_no_file_is_named(run, here, name):
      "learning_rate=inf", "learning_rate=-1", "max_length=7", "num_train_epochs=0", "target_modules=[]",
      "target_modules=(", "data.columns=x", "data.columns={prompt: nope, completion: nope}",
      "lora.options={__class__: 1}", "lora.options.r=3", "model.trust_remote_code=perhaps", "chat_template=nope.jinja",
-     "chat_template=/etc/passwd", "init_lora_weights=nope", "attn_implementation=nope", "a.b.c.d=1", "train.lora.r=1"],
+     "chat_template=/etc/passwd", "init_lora_weights=nope", "attn_implementation=nope", "a.b.c.d=1", "train.lora.r=1",
+     "max_memory=24", "max_memory=0GiB", "max_memory=-3GiB", "max_memory=GiB", "max_memory=true", "max_memory=2GiB",
+     "precision=fp16", "offload=yes", "offload={resident_layers: 1}"],
     ids=lambda word: word[:40],
 )  # fmt: skip
 def test_a_bad_word_is_refused(train, here, word):

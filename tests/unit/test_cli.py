@@ -370,6 +370,8 @@ def test_merge_says_what_it_did(run, tuned, here):
     assert out.startswith("merged ") and "merged and adapter differ by 0.00%" in out
     run("merge", tuned, "-o", "merged").refused("exists and is not empty")
     run("merge", "merged", "-o", "twice").refused("has no adapter to merge")
+    run("merge", "nowhere", "-o", "twice").refused("nowhere is no folder here", "correct the path")
+    run("shrink", "nowhere", "--keep", "0.5", "-o", "twice").refused("nowhere is no folder here")
     run("eval", "merged", "--task", "reviews", "--limit", "2", "--json").ok()
 
 

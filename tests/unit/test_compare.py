@@ -215,7 +215,7 @@ def test_every_way_to_run_out_is_the_same_row_with_the_plans_guess(job, monkeypa
     assert read_record(job.folder / "cell.json", CellRecord) == record
     assert "; beside 2 others" in work.run_cell(replace(job, sharing=2)).reason
     with pytest.raises(DoesNotFitError):
-        work.try_rate(RateJob(job.recipe, False, "test"))
+        work.try_rate(RateJob(job.recipe, False, "test", 1))
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(job, monkeypatch):

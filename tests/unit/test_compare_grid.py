@@ -77,6 +77,15 @@ def test_a_sweep_reaches_the_methods_on_which_it_has_an_effect():
     assert len(set(names(made))) == len(made.cells)
 
 
+def test_products_in_8_bit_floats_are_of_frozen_weights_and_can_be_swept():
+    made = grid("precision=fp8,auto", methods="full,lora", seeds="1")
+    assert [cell.variant for cell in made.cells] == ["full", "lora precision=fp8", "lora precision=auto"]
+    full, lora = (cell.recipe("out") for cell in made.cells[:2])
+    assert (full.precision, lora.precision) == ("auto", "fp8")
+    with pytest.raises(RecipeError, match="not built in for a rank that changes"):
+        grid("precision=fp8", methods="lora,dynamic")
+
+
 def test_a_key_written_twice_is_a_sweep_too_and_a_list_is_one_value():
     assert len(grid("lora_r=4", "r=8", methods="lora", seeds="1").cells) == 2
     (cell,) = grid("lora_target_modules=q_proj,v_proj", methods="lora", seeds="1").cells

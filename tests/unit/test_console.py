@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -27,9 +28,9 @@ def plain() -> tuple[Console, io.StringIO]:
     return Console(file=text, width=60), text
 
 
-def shown(every: int, steps: list[StepMetrics], total: int, first: int = 0) -> list[str]:
+def shown(every: int, steps: list[StepMetrics], total: int, first: int = 0, label: str = "") -> list[str]:
     console, text = plain()
-    line = ProgressLine(console, every)
+    line = ProgressLine(console, every, label)
     line.start(first, total)
     for metrics in steps:
         line.step(metrics)
@@ -41,6 +42,20 @@ def test_a_line_says_where_the_run_is():
     (line,) = shown(10, [step(1)], 40)
     assert line.startswith("step 1/40  loss 2.5000  12.3 k tokens/s  memory 300 MiB (peak 400 MiB)  ")
     assert line.endswith(" left")
+
+
+def test_a_run_beside_others_says_its_name_in_every_line_and_leaves_the_terminal_to_all():
+    (line,) = shown(10, [step(1)], 40, label="lora-seed42")
+    assert line.startswith("lora-seed42: step 1/40  loss 2.5000")
+    text = io.StringIO()
+    beside = ProgressLine(Console(file=text, force_terminal=True, width=200), 10, "lora-seed42")
+    beside.start(0, 40)
+    beside.step(step(1))
+    beside.step(step(2))
+    beside.event("out of memory")
+    beside.saved(Path("run"))
+    beside.end()
+    assert text.getvalue().count("lora-seed42: ") == 3 and "\x1b[?25l" not in text.getvalue(), "no cursor is hidden"
 
 
 def test_lines_come_first_last_and_every_so_many_steps():
@@ -66,7 +81,7 @@ def test_the_time_left_falls_to_nothing():
 
 def test_one_line_is_rewritten_on_a_terminal():
     text = io.StringIO()
-    line = ProgressLine(Console(file=text, force_terminal=True, width=200), 10)
+    line = ProgressLine(Console(file=text, force_terminal=True, width=200), 10, "")
     line.start(0, 100)
     for number in range(1, 6):
         line.step(step(number))
@@ -76,7 +91,7 @@ def test_one_line_is_rewritten_on_a_terminal():
 
 def test_an_end_without_a_start_and_twice_is_fine():
     console, _ = plain()
-    line = ProgressLine(console, 1)
+    line = ProgressLine(console, 1, "")
     line.end()
     line.start(0, 1)
     line.end()
@@ -86,7 +101,7 @@ def test_an_end_without_a_start_and_twice_is_fine():
 @pytest.mark.parametrize("text", ["[red]x[/red]", "[/x]", "a" * 300, "\\[", ":smile:"])
 def test_texts_are_printed_as_they_are(text):
     console, printed = plain()
-    line = ProgressLine(console, 1)
+    line = ProgressLine(console, 1, "")
     line.event(text)
     print_audit(console, [("warn", text)], [(text, False), (text, True)])
     first, warning, row, legend = printed.getvalue().splitlines()

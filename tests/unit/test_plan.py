@@ -370,6 +370,8 @@ def test_a_70b_on_24_gb_is_told_that_paged_optimizers_do_not_page_weights():
     text = " ".join(found.recommended.reasons)
     assert "it pages optimizer states, not weights" in text and "offload=auto" in text
     assert not any("paged" in reason for reason in plan_of(case_of(), on()).gpus[0].recommended.reasons)
+    experts = " ".join(plan_of(case_of(shape=MIXTRAL), on()).gpus[0].recommended.reasons)
+    assert "this model is of type mixtral" in experts and "offload=auto" not in experts
 
 
 def test_several_gpus_hold_a_whole_model_each():

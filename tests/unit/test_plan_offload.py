@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from test_plan import GPUS, LLAMA_8B, LLAMA_70B, case_of, market, on, plan_of, shape_of
 
-from thriftune.engine.offload import Demand, choose_offload, needed_bytes, slab_bytes
+from thriftune.engine.offload import Demand, choose_offload, least_offload, needed_bytes, slab_bytes
 from thriftune.engine.residency import spread
 from thriftune.engine.sizes import LayerSizes, ProgramSizes, StackSizes
 from thriftune.kernels.slab import Matrix, SlabLayout
@@ -67,6 +67,9 @@ def test_what_the_recipe_wants_stays_and_no_more():
     assert choose_offload(SIZES, 40 * GIB, demand(resident=12)).resident == 12
     assert choose_offload(SIZES, None, demand(resident=12)).resident == 12
     assert choose_offload(SIZES, None, demand()).resident == 0
+    more_than_there_are = demand(resident=10 * SIZES.number_of_layers)
+    assert choose_offload(SIZES, GIB, more_than_there_are).resident == SIZES.number_of_layers
+    assert least_offload(SIZES, more_than_there_are).resident == SIZES.number_of_layers
 
 
 def test_no_more_layers_stay_than_there_are():

@@ -83,6 +83,13 @@ def test_the_text_and_the_article(run):
         assert max(map(len, printed.splitlines())) <= 100
 
 
+def test_one_method_is_the_recipes_so_that_its_options_can_be_planned(run):
+    words = ("plan", "llama-3-8b", "--gpu", "rtx-4090", "offload={resident_layers: 2}", "--method")
+    (method,) = run(*words, "qlora", "--json").ok().json["gpus"][0]["methods"]
+    assert (method["settings"]["layers_resident"], method["settings"]["layers_streamed"]) == (2, 30)
+    run(*words, "lora").refused("use method qlora")
+
+
 def test_options_of_train_and_methods_and_counts(run):
     words = ("lora_r=64", "max_length=8192", "per_device_train_batch_size=4")
     content = run("plan", "llama3 8b", *words, "--gpu", "h200", "--method", "lora,qlora", "--json").ok().json

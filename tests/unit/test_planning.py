@@ -383,6 +383,25 @@ def test_what_would_not_fit_is_streamed_and_a_cap_is_kept(llama_8b):
     assert capped.chosen.settings == planned.chosen.settings
 
 
+def test_a_cap_is_refused_where_nothing_would_keep_it():
+    with pytest.raises(InputError, match="max_memory=6GiB on cpu"):
+        plan_run(run_recipe("max_memory=6GiB"), ROWS, POCKET, Device(None, 1, 16 * GIB))
+    with pytest.raises(InputError, match="max_memory=6GiB on cpu"):
+        plan("max_memory=6GiB", gpu=("rtx-4090", "cpu"))
+
+
+def test_8_bit_products_are_refused_before_anything_is_loaded_where_the_engine_does_not_run(llama_8b):
+    def planned(gpu: str, *words: str):
+        row = built_in_gpus()[gpu]
+        return plan_run(run_recipe("precision=fp8", *words), ROWS, llama_8b, Device(row, 1, row.usable_bytes))
+
+    assert planned("h100-pcie").chosen.path == "engine"
+    with pytest.raises(InputError, match="no products in 8-bit floats"):
+        planned("a100-80gb")
+    with pytest.raises(InputError, match="dropout"):
+        planned("h100-pcie", "method=lora", "lora_dropout=0.1")
+
+
 def test_recomputation_follows_memory_and_the_recipes_word(llama_8b):
     rows = Rows((2048,), (2047,), 1000, "long rows")
 

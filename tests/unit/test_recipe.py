@@ -404,6 +404,8 @@ def test_one_option_under_two_names(tmp_path: Path) -> None:
         (["load_best_model_at_end=true", "eval_split=test", "eval_strategy=no"], "needs eval rows"),
         (["load_best_model_at_end=true", "eval_split=test", "save_strategy=no"], "needs train.save_strategy"),
         (["method=full", "lora_r=8"], "no effect with method full"),
+        (["method=full", "precision=fp8"], "method full freezes none"),
+        (["method=dynamic", "precision=fp8"], "not built in for a rank that changes"),
     ],
 )
 def test_contradictions(words: list[str], said: str) -> None:

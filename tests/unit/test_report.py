@@ -270,6 +270,17 @@ def test_pairs_are_tested_seed_by_seed_and_corrected(tmp_path: Path) -> None:
     assert pairs["lora", "base"].seeds == ["1", "2", "3"]
 
 
+def test_no_interval_of_a_difference_of_shares_goes_beyond_all_of_them(tmp_path: Path) -> None:
+    apart = {1: (0.95, 0.5), 2: (0.5, 0.95)}
+    cells = [
+        Made(method, seed, accuracy)
+        for seed, both in apart.items()
+        for method, accuracy in zip(("lora", "qlora"), both, strict=True)
+    ]
+    (pair,) = report_of(tmp_path, cells).pairs
+    assert (pair.low, pair.high) == (-1.0, 1.0) and not pair.shown
+
+
 def test_without_answers_nothing_is_tested_and_that_is_said(tmp_path: Path) -> None:
     write_cells(tmp_path, usual())
     for answers in tmp_path.rglob("eval-imdb.jsonl"):
@@ -423,8 +434,15 @@ def test_the_ranks_of_a_run_that_was_cut_are_drawn_with_the_jumps_of_the_loss(tm
         for step, share, ranks in ((10, 0.7, [64, 32, 48, 8, 16, 8]), (20, 0.5, [48, 0, 48, 0, 16, 8]))
     ]
     recipe = record["recipe"] | {"method": "dynamic", "dynamic": {"r_start": 64}}
-    path.write_text(json.dumps(record | {"cuts": cuts, "recipe": recipe}))
+    events = [RankCut.model_validate(cut).words for cut in cuts]
+    path.write_text(json.dumps(record | {"cuts": cuts, "recipe": recipe, "events": [*events, "a peer left", "slow"]}))
+    other = tmp_path / "cells" / "lora-seed2" / "record.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"events": ["slow", "slow"]}))
     report = build_report(read_cells([tmp_path]), title="x", market=MARKET, search=None, notes=[])
+    told = [note for note in report.notes if note.startswith("lora-seed")]
+    assert told == ["lora-seed1: a peer left", "lora-seed1 and lora-seed2: slow"], (
+        "cuts are drawn, the rest is told once"
+    )
     write_report(report, read_cells([tmp_path]), tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     figure = page[page.index("Ranks of LoRA, seed 1") :]

@@ -88,7 +88,7 @@ def test_every_kind_of_file_packed_or_not(tmp_path: Path, kind: str, packed: str
     assert rows.rows == ROWS
     assert rows.places[1] == f"{path} row 2"
     assert rows.description == f"{path.name}, 2 rows"
-    assert load_file(str(path)).rows == ROWS
+    assert load_file(str(path), "--input").rows == ROWS
 
 
 def test_folder_by_split(tmp_path: Path) -> None:
@@ -222,8 +222,8 @@ def test_things_that_are_no_files(tmp_path: Path) -> None:
         refused(name, "no hub id")
     with pytest.raises(DataError, match=r"data\.path"):
         load_rows(DataRecipe(name="gsm8k", path=str(tmp_path / "missing")), "train")
-    with pytest.raises(DataError, match="folder"):
-        load_file(str(tmp_path))
+    with pytest.raises(DataError, match=r"--input .* is a folder"):
+        load_file(str(tmp_path), "--input")
 
 
 @given(content=st.binary(max_size=60) | st.text(alphabet='{}[]":,a1\n\\', max_size=30).map(str.encode))

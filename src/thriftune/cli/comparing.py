@@ -29,7 +29,9 @@ def compare(
     task: Annotated[
         str | None, typer.Option(help="What is scored, as for eval; the data's own task by default.")
     ] = None,
-    methods: Annotated[str, typer.Option(help="Some of these, with commas.")] = "base,full,lora,qlora",
+    methods: Annotated[
+        str, typer.Option(help="Some of base, full, lora, qlora, dynamic, with commas.")
+    ] = "base,full,lora,qlora",
     seeds: Annotated[str, typer.Option(help="How many seeds, or seeds with commas: 1,5,9.")] = "3",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the comparison.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options on the line override it.")] = None,

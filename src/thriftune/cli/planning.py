@@ -38,11 +38,13 @@ def plan(
 
     The model may be a hub id, a folder, or a name such as llama-3-8b; options are those of train.
     """
+    from thriftune.plan.plan import KNOWN_METHODS
     from thriftune.plan.show import plan_text
     from thriftune.planning import plan_words
 
     named = [text.strip() for entry in method or [] for text in entry.split(",") if text.strip()]
-    recipe = recipe_of_words(words, config, {"data": data, "max_memory": max_memory})
+    only = named[0] if len(named) == 1 and named[0] in KNOWN_METHODS else None  # the recipe's, as in train
+    recipe = recipe_of_words(words, config, {"data": data, "method": only, "max_memory": max_memory})
     asked: dict[str, Any] = {"gpu_names": gpu or [], "gpus": gpus, "methods": named, "prefer": prefer}
     if measure:
         from thriftune.measure import measure_words

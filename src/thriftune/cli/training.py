@@ -53,7 +53,7 @@ def train(
     resume = f"thriftune train --config {stored} resume_from_checkpoint=auto"
     record = run(
         prepared,
-        observers=[ProgressLine(console, recipe.train.logging_steps)] if is_main else [],
+        observers=[ProgressLine(console, recipe.train.logging_steps, "")] if is_main else [],
         command=shlex.join(["thriftune", *sys.argv[1:]]),
         resume_command=resume,
     )

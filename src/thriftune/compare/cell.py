@@ -102,9 +102,10 @@ def try_rate(job: RateJob) -> float | None:
     quiet_libraries()
     output = Path(job.recipe.output or "")
     record = _finished_run(output)
+    label = f"search, {output.parent.name} {output.name}" if job.at_once > 1 else ""
     try:
         if record is None:
-            record = _train(prepare_run(_going_on(job.recipe), force=job.force), job.command)
+            record = _train(prepare_run(_going_on(job.recipe), force=job.force), job.command, label)
     except NonFiniteLossError:
         pass
     except (RuntimeError, MemoryError) as error:
@@ -133,7 +134,7 @@ def run_cell(job: CellJob) -> CellRecord:
         except DoesNotFitError as error:
             return _undone(job, "refused", f"{error.given}; {error.do}")
         try:
-            _train(prepared, job.command)
+            _train(prepared, job.command, job.folder.name if job.at_once > 1 else "")
         except (DoesNotFitError, RuntimeError, MemoryError) as error:
             if not _ran_out(error):
                 raise
@@ -168,9 +169,9 @@ def _finished_run(output: Path) -> RunRecord | None:
     return record
 
 
-def _train(prepared: Prepared, command: str) -> RunRecord:
+def _train(prepared: Prepared, command: str, label: str) -> RunRecord:
     console = Console(stderr=True)
-    progress = ProgressLine(console, prepared.recipe.train.logging_steps)
+    progress = ProgressLine(console, prepared.recipe.train.logging_steps, label)
     return run(prepared, observers=[progress], command=command, resume_command=command)
 
 

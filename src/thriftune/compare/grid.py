@@ -30,6 +30,7 @@ EFFECT = {
     "lora.r": ("lora", "qlora"),
     "lora": ("lora", "qlora", "dynamic"),
     "quant": ("qlora",),
+    "precision": ("lora", "qlora", "dynamic"),
     "dynamic": ("dynamic",),
 }
 LONGEST_NAME = 100
@@ -38,7 +39,7 @@ SWEPT_SECTIONS = ("lora", "quant", "dynamic")
 SWEPT = {
     *{RATE, "model.dtype", "model.attn_implementation", "train.optim", "train.weight_decay", "train.max_grad_norm"},
     *{"train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.lr_scheduler_type", "train.warmup_steps"},
-    *{"train.warmup_ratio", "train.gradient_checkpointing"},
+    *{"train.warmup_ratio", "train.gradient_checkpointing", "precision"},
 }
 OWNED = {
     "method": "name the methods with --methods",
@@ -188,7 +189,7 @@ def _read_words(words: Sequence[str], methods: Sequence[str]) -> _Words:
             if len(found.problems) > 1
             else f"{found.problems[0]}",
             allowed="KEY=VALUE for all methods, METHOD:KEY=VALUE for one; several values of lora.*, quant.*, "
-            "dynamic.*, learning_rate and the optimizer's options make a sweep",
+            "dynamic.*, precision, learning_rate and the optimizer's options make a sweep",
             do="correct that and run again",
         )
     return found
@@ -209,8 +210,8 @@ def _all_places() -> list[str]:
 def _add(
     found: _Words, method: str | None, written: str, place: str, text: str, word: str, methods: Sequence[str]
 ) -> None:
-    splits = place.partition(".")[0] in (*SWEPT_SECTIONS, "train") and place not in LISTS
-    splits = splits and not place.startswith("lora.options")
+    splits = place in SWEPT or place.partition(".")[0] in (*SWEPT_SECTIONS, "train")
+    splits = splits and place not in LISTS and not place.startswith("lora.options")
     texts = [part.strip() for part in text.split(",")] if splits and not text.lstrip().startswith("[") else [text]
     if method is None:
         found.shared.setdefault(written, []).extend(texts)

@@ -68,11 +68,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class RateJob:
-    """One run of the learning-rate search."""
+    """One run of the learning-rate search; `at_once` such run, this one among them."""
 
     recipe: Recipe
     force: bool
     command: str
+    at_once: int
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,11 @@ class Search:
             output = self._place / method.cell.method / f"{rate:g}"
             recipe = search_recipe(method.cell, rate, self._planned.steps, self._planned.rows, self._grid.seeds, output)
             self._say(f"search {method.cell.method}: learning rate {rate:g}, {self._steps} steps")
-            return Work((method, rate), "try_rate", RateJob(recipe, self._asked.force, self._asked.command))
+            return Work(
+                (method, rate),
+                "try_rate",
+                RateJob(recipe, self._asked.force, self._asked.command, self._asked.tries_at_once),
+            )
         return None
 
     def ended(self, work: Work, how: Ended) -> None:

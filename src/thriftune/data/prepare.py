@@ -35,7 +35,7 @@ def prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     if data.eval_split is not None:
         eval_rows = load_rows(data, data.eval_split)
     elif data.eval_path is not None:
-        eval_rows = load_file(data.eval_path)
+        eval_rows = load_file(data.eval_path, "data.eval_path")
     encoded = encode_rows(rows, tokenizer, data)
     eval_examples: list[Example] = []
     if eval_rows is not None:

@@ -83,14 +83,15 @@ def load_rows(data: DataRecipe, split: str) -> Rows:
     return _from_hub(data, split)
 
 
-def load_file(path: str) -> Rows:
-    """Read one file, whatever split it stands for (the recipe's `eval_path`). Raises DataError."""
-    found = _existing(path, "data.eval_path")
+def load_file(path: str, option: str) -> Rows:
+    """Read one file, whatever split it stands for. `option` is what a person named it with. Raises DataError."""
+    found = _existing(path, option)
     if found.is_dir():
+        split = ", or the split of it with data.eval_split" if option == "data.eval_path" else ""
         raise DataError(
-            given=f"data.eval_path {path} is a folder",
+            given=f"{option} {path} is a folder",
             allowed="one file of rows: " + files.SUFFIXES_IN_WORDS,
-            do="name the file, or the split of it with data.eval_split",
+            do=f"name the file{split}",
         )
     return _rows_of(found, files.read_rows(found), found.name)
 

@@ -155,7 +155,7 @@ def _local_splits(data: DataRecipe, config: dict[str, Any]) -> dict[str, Any]:
             do="give the folder",
         )
     if is_file:
-        return {str(asked): datasets.Dataset.from_list(load_file(str(data.path)).rows)}
+        return {str(asked): datasets.Dataset.from_list(load_file(str(data.path), "--data").rows)}
     splits = {}
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         split = config.get(key)

@@ -120,7 +120,7 @@ def check_own_rows(own: OwnTask, data: DataRecipe, split: str | None) -> None:
 def _rows(data: DataRecipe, split: str | None) -> Rows:
     """A single file stands for whatever is to be scored; folders, named sets and the hub have splits."""
     path = Path(data.path or data.name).expanduser()
-    rows = load_file(str(path)) if path.is_file() else load_rows(data, split or SPLIT)
+    rows = load_file(str(path), "--data") if path.is_file() else load_rows(data, split or SPLIT)
     if not len(rows):
         raise DataError(given=f"{rows.description}: no rows", allowed="at least one row", do="check the source")
     return rows

@@ -100,7 +100,7 @@ def read_text(path: Path) -> str:
         raise DataError(
             given=f"the text {path} cannot be read: {problem}",
             allowed="a UTF-8 text file, plain or compressed as .gz or .xz",
-            do="give the file as data.path",
+            do="give the file with --data",
         ) from problem
 
 

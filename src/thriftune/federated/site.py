@@ -26,12 +26,12 @@ from thriftune.federated.adapter import Places, find_places
 from thriftune.federated.aggregate import Adapter
 from thriftune.federated.message import Header, MessageError, expect, factors_of, open_message, pack_update
 from thriftune.federated.part import PartialPath, without_components_beyond
-from thriftune.methods import METHODS
+from thriftune.methods import METHODS, trainable_parameters
 from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
 from thriftune.records import StepMetrics
 from thriftune.run import Prepared, export_result, make_job
-from thriftune.run_path import load_base, with_path
+from thriftune.run_path import hold_memory, load_base, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob
 from thriftune.train.checkpoint import TrainState, check_identity, find_checkpoint, prune_checkpoints, write_checkpoint
 from thriftune.train.distributed import Processes
@@ -82,6 +82,7 @@ def open_base(prepared: Prepared, output: Path, say: Callable[[str], None]) -> B
     """Load the model, whole or streamed, and attach the adapter, as a run does."""
     recipe, device = prepared.recipe, prepared.device
     method = METHODS[recipe.method]
+    hold_memory(device, recipe, 0)
     base = load_base(
         recipe,
         prepared.description,
@@ -93,6 +94,7 @@ def open_base(prepared: Prepared, output: Path, say: Callable[[str], None]) -> B
         say=say,
     )
     model = method.attach(base.loaded, recipe)
+    hold_memory(device, recipe, paged_bytes(recipe, trainable_parameters(model)))
     processes = Processes(0, 1, device)
     job = make_job(prepared, method, base.loaded, model, processes, output, "the same command again")
     job, reason = with_path(job, base.store, say)

@@ -76,7 +76,10 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     planned = [plan_method(case, method, device, market, question.stopwatch) for method in question.methods]
     chosen, reasons = recommend(planned, question.prefer)
     by_name = {plan.method: plan for plan in planned}
-    paged = paged_optimizer_note(by_name.get("qlora"), device.gpu) if device.gpu else None
+    paged = None
+    if device.gpu is not None and "qlora" in by_name:
+        no_engine = case.engine_reason("qlora", device, adapter_of(case.shape, case.recipe.lora, "qlora"))
+        paged = paged_optimizer_note(by_name["qlora"], device.gpu, no_engine)
     if chosen is None:
         closest = min(planned, key=lambda plan: plan.peak_bytes)
         reasons += [f"{closest.method} {note}" for note in closest.notes]

@@ -100,9 +100,17 @@ def cpu_device(count: int = 1) -> Device:
 
 
 def capped(device: Device, recipe: Recipe) -> Device:
-    """With no more memory than the recipe lets a run take."""
+    """With no more memory than the recipe lets a run take. Raises InputError on a CPU, whose memory nothing holds."""
     cap = recipe.max_memory_bytes
-    return device if cap is None else replace(device, usable_bytes=min(device.usable_bytes, cap))
+    if cap is None:
+        return device
+    if device.gpu is None:
+        raise InputError(
+            given=f"max_memory={recipe.max_memory} on cpu",
+            allowed="max_memory on a GPU",
+            do="leave it out; the system's own limits (ulimit, a container's) hold a process on a CPU",
+        )
+    return replace(device, usable_bytes=min(device.usable_bytes, cap))
 
 
 def own_gpu(indices: Iterable[int], count: int) -> Device | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from thriftune.errors import DoesNotFitError, InputError
 from thriftune.model_files import read_config
+from thriftune.plan.adapter import adapter_of
 from thriftune.plan.memory import OPTIMIZERS
 from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device
@@ -82,6 +83,13 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
     if not chosen.fits and not force and (device.gpu is not None or chosen.memory["weights"] > machine_memory()[1]):
         others = [plan_method(case, method, device, market) for method in METHODS if method not in by_name]
         raise _does_not_fit(recipe, found, chosen, [planned for planned in others if planned.fits])
+    reason = case.engine_reason(chosen.method, device, adapter_of(shape, recipe.lora, chosen.method))
+    if recipe.precision == "fp8" and reason is not None:
+        raise InputError(
+            given=f"precision=fp8, which only the engine has, and it does not take this run: {reason}",
+            allowed="precision=fp8 where the engine runs on a GPU with products in 8-bit floats; auto everywhere",
+            do="use precision=auto, or change what stands in the way",
+        )
     settings = chosen.settings
     return RunPlan(
         method=_method_name(chosen.method),

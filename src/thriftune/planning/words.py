@@ -47,7 +47,7 @@ def ask(
     """
     wanted = _preference(prefer)
     data_named = bool({"name", "path"} & recipe.data.model_fields_set)
-    chosen_methods = _methods(methods, recipe.method)
+    chosen_methods = _methods(methods, recipe)
     model = find_planned_model(recipe.model)
     rows, recipe, row_notes = _rows(recipe, model, data_named)
     named = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.name})})
@@ -69,10 +69,11 @@ def _preference(text: str) -> Prefer:
     raise InputError(given=f"--prefer {text}", allowed=", ".join(PREFERENCES), do="take one of these, or leave it out")
 
 
-def _methods(asked: Sequence[str], of_recipe: str) -> tuple[str, ...]:
-    """Those asked for, else the recipe's, else all."""
+def _methods(asked: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
+    """Those asked for, else the recipe's, else all; 8-bit floats are of frozen weights, which full has not."""
     if not asked or list(asked) == ["auto"]:
-        return METHODS if of_recipe == "auto" else (of_recipe,)
+        every = METHODS if recipe.precision == "auto" else tuple(name for name in METHODS if name != "full")
+        return every if recipe.method == "auto" else (recipe.method,)
     wrong = [word for word in asked if word not in KNOWN_METHODS]
     if wrong:
         raise InputError(

@@ -276,11 +276,13 @@ class Recipe(Section):
             raise ValueError("expects auto, off or {resident_layers: N} with N from 0")
         return value
 
-    @field_validator("max_memory")
+    @field_validator("max_memory", mode="before")
     @classmethod
-    def _memory_words(cls, value: str | None) -> str | None:
-        if value is not None and parse_bytes(value) < 1:
-            raise ValueError("expects more than no memory")
+    def _memory_words(cls, value: Any) -> Any:
+        """A number alone is refused: 24 would be so many bytes, and nobody means that."""
+        text = str(value)
+        if value is not None and (not text[-1:].isalpha() or _bytes_or_none(text) in (None, 0)):
+            raise ValueError("expects a size above 0 with its unit, such as 24GiB, 512MiB or 8GB")
         return value
 
     @classmethod
@@ -322,6 +324,8 @@ class Recipe(Section):
             problems += contradictions_of_dynamic(self)
         if self.method == "full" and self.lora != LoraRecipe():
             problems.append("lora.* options have no effect with method full; drop them or use method lora or qlora")
+        if self.method == "full" and self.precision == "fp8":
+            problems.append("precision fp8 is of frozen products, and method full freezes none; use precision=auto")
         if isinstance(self.offload, dict):
             if self.method != "qlora":
                 problems.append(f"offload streams 4-bit layers and method is {self.method}; use method qlora")
@@ -374,6 +378,13 @@ class Recipe(Section):
     def dump(self) -> dict[str, Any]:
         """Plain Python values; `Recipe.build(recipe.dump(), ...) == recipe`."""
         return self.model_dump(mode="json")
+
+
+def _bytes_or_none(text: str) -> int | None:
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        return None
 
 
 def _explain(entry: Any) -> str:

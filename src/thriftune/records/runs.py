@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from thriftune.errors import DiskFullError, InputError, OutputError
 from thriftune.recipe import Recipe
+from thriftune.units import format_bytes
 
 SCHEMA_VERSION = 1
 
@@ -109,6 +110,17 @@ class RankCut(Record):
     allocated_bytes_before: int | None = None
     allocated_bytes_after: int | None = None
     cut_s: float
+
+    @property
+    def words(self) -> str:
+        """The event of a run that tells of it."""
+        gone = sum(rank == 0 for rank in self.ranks.values())
+        return (
+            f"ranks cut after step {self.step}: {self.parameters_before:,} -> {self.parameters_after:,} parameters, "
+            f"with gradients and optimizer {format_bytes(self.held_bytes_before)} -> "
+            f"{format_bytes(self.held_bytes_after)}; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+            + (f"; {gone} modules have no adapter" if gone else "")
+        )
 
 
 class EvalResult(Record):

@@ -204,9 +204,18 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
     without = [cell.name for cell in cells if cell.done and not cell.answers]
     if without:
         notes.append(f"the answers of {listed(without)} are not there: rows cannot be compared")
+    return [*notes, *_events(cells)]
+
+
+def _events(cells: Sequence[Cell]) -> list[str]:
+    """What happened in the runs, each event once with the cells that had it. Cuts have a picture of their own."""
+    found: dict[str, list[str]] = {}
     for cell in cells:
-        notes += [f"{cell.name}: {event}" for event in (cell.run.events if cell.run else [])]
-    return notes
+        drawn = {cut.words for cut in cell.run.cuts} if cell.run else set()
+        for event in dict.fromkeys(cell.run.events if cell.run else []):
+            if event not in drawn:
+                found.setdefault(event, []).append(cell.name)
+    return [f"{listed(names)}: {event}" for event, names in found.items()]
 
 
 def _company(cells: Sequence[Cell]) -> list[str]:

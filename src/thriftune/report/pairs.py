@@ -54,6 +54,8 @@ def _test(first: Variant, second: Variant, metric: Metric, rows: dict[str, RowSc
     of_answers = all(score in (0.0, 1.0) for pair in pairs for table in pair for score, _ in table.values())
     shown = over_rows_and_seeds(by_row, weights, by_seed, continuity=of_answers)
     low, high = shown.interval()
+    if of_answers:  # no true difference of two shares lies beyond
+        low, high = max(low, -1.0), min(high, 1.0)
     better, worse = (higher, lower) if metric.higher_is_better else (lower, higher)
     p_value, test = _p_value(by_row, weights, by_seed, (higher, lower), of_answers)
     return PairTest(

@@ -139,7 +139,7 @@ def _unshown(pair: PairTest, labels: dict[str, str], metric: Metric, pairs: int)
     line = f"No difference shown between {labels[pair.first]} and {labels[pair.second]} (p = {_adjusted(pair)}): "
     line += f"the true one lies between {reach} {unit}".rstrip() + " with 95 % confidence."
     if low > 0 or high < 0:
-        line += f" Alone that would count; of {pairs} pairs looked at, one such is chance."
+        line += f" Alone that would count; of {pairs} pairs looked at, one such may be chance."
     return line
 
 

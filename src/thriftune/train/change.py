@@ -14,7 +14,6 @@ from thriftune.train.job import TrainJob, check_finite
 from thriftune.train.moments import held_bytes, replace_parameters
 from thriftune.train.path import StepPath
 from thriftune.train.recover import fits_or_ends
-from thriftune.units import format_bytes
 
 
 def change_if_due(
@@ -61,12 +60,7 @@ def change_if_due(
         cut_s=cut_s,
     )
     state.cuts.append(cut)
-    gone = sum(rank == 0 for rank in ranks.values())
-    say(
-        f"ranks cut after step {cut.step}: {cut.parameters_before:,} -> {cut.parameters_after:,} parameters, with "
-        f"gradients and optimizer {format_bytes(cut.held_bytes_before)} -> {format_bytes(cut.held_bytes_after)}; loss "
-        f"{cut.loss_before:.4f} -> {cut.loss_after:.4f}" + (f"; {gone} modules have no adapter" if gone else "")
-    )
+    say(cut.words)
 
 
 def _sizes(job: TrainJob, optimizer: torch.optim.Optimizer) -> tuple[int, int, int | None]:
