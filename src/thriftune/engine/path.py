@@ -37,7 +37,7 @@ class EnginePath:
     keep: Keep | None = None
     most_tokens: int | None = None
     name: Literal["engine", "generic"] = "engine"
-    _chosen: bool = False  # which 4-bit layers stay unpacked, in this process
+    _resumed: bool = False  # and which 4-bit layers stay unpacked is still to be chosen
 
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
         keep, most_tokens = self._choose()
@@ -91,6 +91,7 @@ class EnginePath:
         """As the checkpoint was left."""
         if "keep" in state and "most_tokens" in state:
             self.keep, self.most_tokens = Keep(int(state["keep"])), int(state["most_tokens"])
+            self._resumed = True
 
     def parameters_changed(self) -> None:
         follow_adapters(self.program)
@@ -98,11 +99,13 @@ class EnginePath:
     def _choose(self) -> tuple[Keep, int]:
         """What layers keep, and tokens at once: chosen at the first step for a step of the longest kind there is. A
         resumed run has them from its checkpoint, and beside them unpacks as many layers as there is room for."""
-        if self.keep is None or self.most_tokens is None or not self._chosen:
-            most, least = (self.most, self.least) if self.keep is None else (self.keep, self.keep)
-            chosen, self._chosen = self.room.choose(most, least), True
-            if self.keep is None or self.most_tokens is None:
-                self.keep, self.most_tokens = chosen.keep, chosen.most_tokens
-            for layer in self.program.layers[: chosen.held]:
-                layer.hold()
+        held = 0
+        if self.keep is None or self.most_tokens is None:
+            chosen = self.room.choose(self.most, self.least)
+            self.keep, self.most_tokens, held = chosen.keep, chosen.most_tokens, chosen.held
+        elif self._resumed:
+            held = self.room.choose(self.keep, self.keep).held
+        self._resumed = False
+        for layer in self.program.layers[:held]:
+            layer.hold()
         return self.keep, self.most_tokens
