@@ -16,6 +16,7 @@ from thriftune.engine.choose import choose_attention
 from thriftune.engine.layer import Keep
 from thriftune.engine.packing import pack
 from thriftune.engine.read import read_program
+from thriftune.engine.takes import why_not_heads
 from thriftune.kernels import cross_entropy, four_bit, fp8, rms_norm, rope, swiglu
 from thriftune.train.loss import loss_sum
 
@@ -179,6 +180,22 @@ def test_4_bit_weights_become_8_bit_ones_in_both_layouts(out: int, into: int) ->
 
 
 @needs_fp8
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden_by_8_bits(value: float, rank: int) -> None:
+    """It must reach the loss, which stops the run: in its row, and in no other."""
+    for where in range(2 if rank else 1):
+        x, side = rows(3, 64), rows(3, 16)[:, :rank]
+        (x, side)[where][1, 5] = value
+        left, right = eight(3, 64 + 3 * rank), eight(32, 64 + 3 * rank)
+        right.copy_(torch.ones(32, 64 + 3 * rank, device=device()))
+        ones = torch.ones(32, 1, device=device())
+        scales = fp8.quantise_rows(x, side if rank else None, torch.ones(rank, device=device()), left)
+        found = fp8.product(left, scales, right, ones, BF16, None)
+        assert not bool(found[1].isfinite().any()) and bool(found[[0, 2]].isfinite().all())
+
+
+@needs_fp8
 @pytest.mark.parametrize(("tokens", "size", "into"), [(8192, 4096, 14400), (1, 1024, 4144), (2603, 28672, 4240)])
 def test_fp8_products_are_those_of_the_reference(tokens: int, size: int, into: int) -> None:
     left, right = eight(tokens, into), eight(size, into)
@@ -218,6 +235,30 @@ def test_attention_kernels_agree(heads: tuple[int, int, int], window: int | None
         for found, exact in zip(run(attention), wanted, strict=True):
             error = (found.float() - exact.float()).norm() / exact.float().norm()
             assert error < 1e-2, attention.name
+
+
+@pytest.mark.parametrize("size", [8, 100, 104, 256, 264])
+def test_the_engine_takes_the_heads_that_flash_attention_takes(size: int) -> None:
+    batch, kind = pack(examples((9, 1, 30)), device()), Kind(size**-0.5, None)
+    q, k, v, out = (rows(batch.segments.tokens, 2 * size, 0).unflatten(1, (2, size)) for _ in range(4))
+    if why_not_heads(size) is None:
+        FlashAttention().forward(q, k, v, batch.segments, kind, out)
+    else:
+        with pytest.raises(RuntimeError):
+            FlashAttention().forward(q, k, v, batch.segments, kind, out)
+
+
+def test_what_cudnn_has_no_plan_for_is_a_refusal_that_can_be_told() -> None:
+    attention = cudnn_attention()
+    import cudnn
+
+    def no_plan(*_: Any) -> None:
+        raise cudnn.cudnnGraphNotSupportedError("no engine")
+
+    batch = pack(examples((9, 1, 30)), device())
+    tensors = tuple(rows(batch.segments.tokens, 64, 0).unflatten(1, (1, 64)) for _ in range(4))
+    with pytest.raises(RuntimeError, match="cuDNN has no plan for this: no engine"):
+        attention._run("forward", no_plan, tensors, batch.segments, Kind(0.125, None))
 
 
 def cudnn_attention() -> Any:

@@ -186,13 +186,14 @@ def test_every_process_ends_with_the_same_weights(model, rows, tmp_path, method)
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
 
 
-def test_three_processes_share_steps_that_do_not_divide(model, rows, tmp_path):
+@pytest.mark.parametrize("engine", ["off", "auto"])
+def test_three_processes_share_steps_that_do_not_divide(model, rows, tmp_path, engine):
     """Six rows a step of nine: steps of six and of three; then two a step, of which one process has none."""
     for name, settings, world in (
         ("one", {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}, 1),
         ("three", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}, 3),
     ):
-        recipe = tiny_recipe(model, rows, tmp_path / name, train=settings, data={"max_samples": 8})
+        recipe = tiny_recipe(model, rows, tmp_path / name, engine=engine, train=settings, data={"max_samples": 8})
         in_processes(world, lambda rank, recipe=recipe: train_and_keep_weights(recipe, tmp_path, rank))
     assert {step.tokens for step in metrics_of(tmp_path / "three")} != {metrics_of(tmp_path / "three")[0].tokens}
     assert_same_numbers(tmp_path / "one", tmp_path / "three")

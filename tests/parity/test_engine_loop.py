@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from thriftune.engine.layer import Keep
+from thriftune.engine.layer import Keep, Layer
 from thriftune.engine.path import EnginePath
 from thriftune.engine.program import Program
 from thriftune.errors import DoesNotFitError, NonFiniteLossError
@@ -121,6 +121,39 @@ def test_what_cannot_be_made_smaller_ends_honestly(model, rows, tmp_path, monkey
         DoesNotFitError, match="one example of up to 20 tokens at once, with layers keeping their input alone, runs out"
     ):
         train_tiny(tiny_recipe(model, rows, tmp_path / "run", engine="auto", train=automatic))
+
+
+def test_out_of_memory_in_an_evaluation_makes_its_parts_smaller(model, rows, eval_rows, tmp_path, monkeypatch):
+    loss = Program.loss
+    changes: dict[str, Any] = {
+        "engine": "auto",
+        "train": {"eval_strategy": "steps", "eval_steps": 3, **SMOOTH},
+        "data": {"eval_path": str(eval_rows)},
+    }
+    whole = train_tiny(tiny_recipe(model, rows, tmp_path / "whole", **changes))
+
+    def full_above(self: Program, batch: Any, attention: Any) -> Any:
+        if batch.segments.tokens > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return loss(self, batch, attention)
+
+    monkeypatch.setattr(Program, "loss", full_above)
+    record = train_tiny(tiny_recipe(model, rows, tmp_path / "parts", **changes))
+    assert any("tokens at once, same step, same examples" in event for event in record.events)
+    assert record.eval_loss == pytest.approx(whole.eval_loss, abs=1e-6)
+
+
+def test_a_resumed_run_keeps_4_bit_layers_unpacked_as_before(model, rows, tmp_path, monkeypatch):
+    hold, held = Layer.hold, []
+    monkeypatch.setattr(Layer, "hold", lambda layer: (held.append(layer), hold(layer)))
+    changes = {"save_strategy": "steps", "save_steps": 3}
+    train_tiny(tiny_recipe(model, rows, tmp_path / "run", engine="auto", method="qlora", train=changes))
+    first = len(held)
+    assert first == 2, "on a CPU all layers stay unpacked"
+    _remove(tmp_path / "run" / "checkpoint-6")
+    changes["resume_from_checkpoint"] = "auto"
+    train_tiny(tiny_recipe(model, rows, tmp_path / "run", engine="auto", method="qlora", train=changes))
+    assert len(held) == 2 * first
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, rows, tmp_path, monkeypatch):

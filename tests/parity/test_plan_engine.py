@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from thriftune.catalog.gpus import find_gpu
 from thriftune.data import Example
 from thriftune.engine import program as program_module
 from thriftune.engine.attention import ReferenceAttention
@@ -227,6 +228,17 @@ def test_the_plan_knows_the_path_that_a_run_takes(kind, words):
     expected = why_not_here(model, recipe, CPU)
     found = why_not_engine(shape, recipe, recipe.method, adapter, None)
     assert (found is None) == (expected is None), (found, expected)
+
+
+def test_heads_that_no_attention_kernel_takes_are_left_to_transformers() -> None:
+    """As OpenLLaMA 3B's of 100 elements. On a CPU the reference takes any."""
+    recipe = read_recipe(None, ["method=lora"])
+    for size, taken in ((100, False), (264, False), (8, True), (256, True)):
+        shape = from_config({"model_type": "llama", **SIZES, "head_dim": size}, "tiny")
+        adapter = adapter_of(shape, recipe.lora, "lora")
+        reason = why_not_engine(shape, recipe, "lora", adapter, find_gpu("h100-sxm", {}))
+        assert reason is None if taken else f"and this model's have {size}" in (reason or "")
+        assert why_not_engine(shape, recipe, "lora", adapter, None) is None
 
 
 def program_of_nothing(config: dict[str, Any], recipe: Recipe) -> nn.Module:

@@ -149,6 +149,47 @@ def test_inputs_that_wait_on_the_host_change_no_bit(pair, lane) -> None:
     assert_equal(by_streamed(pair, 30, shelf=shelf), wanted)
 
 
+def test_a_step_of_more_tokens_than_the_first_epochs_largest_finds_room_on_the_host(pair) -> None:
+    shelf = HostShelf.of(6, sum(LENGTHS) - 9, 64, torch.float32, CPU)
+    assert_equal(by_streamed(pair, 30, shelf=shelf), by_resident(pair, 30))
+    assert shelf.rows_LPD.shape == (6, sum(LENGTHS), 64)
+
+
+def test_the_shelf_keeps_times_of_one_pass_only(pair) -> None:
+    """A CUDA event for every copy of a run would be a leak."""
+    shelves = [HostShelf.of(6, sum(LENGTHS), 64, torch.float32, CPU) for _ in range(2)]
+    for shelf, passes in zip(shelves, (1, 3), strict=True):
+        for _ in range(passes):
+            by_streamed(pair, 30, shelf=shelf)
+    once, often = ((shelf.leaving.times(), shelf.coming.times()) for shelf in shelves)
+    assert once == often and all(times.bytes for times in once)
+
+
+def test_copies_back_that_nobody_took_are_waited_for_before_their_memory_is_let_go(pair) -> None:
+    """A pass that ran out of memory leaves them on the way; their memory would be used while they arrive."""
+    sent: list[object] = []
+
+    class Counting(HostLane):
+        def send(self, source: Tensor, place: Tensor, free: Any) -> Any:
+            super().send(source, place, free)
+            sent.append(object())
+            return sent[-1]
+
+        def wait(self, arrival: Any) -> None:
+            sent.remove(arrival)
+
+    shelf = HostShelf.of(6, sum(LENGTHS), 64, torch.float32, CPU)
+    shelf.coming = Counting()
+    shelf.begin([30, 37])
+    for part, tokens in enumerate((30, 37)):
+        shelf.put(5, part, torch.ones(tokens, 64))
+    shelf.fetch(5)
+    shelf.take(5, 0)
+    assert len(sent) == 1
+    shelf.begin([30, 37])
+    assert not sent
+
+
 def test_the_shelf_waits_for_what_leaves_before_it_lets_go_of_it(pair) -> None:
     """The positive control of the test above: without the wait, inputs that leave late never arrive."""
 

@@ -9,6 +9,7 @@ import pytest
 from test_plan import GPUS, LLAMA_8B, LLAMA_70B, case_of, market, on, plan_of, shape_of
 
 from thriftune.engine.offload import Demand, choose_offload, least_offload, needed_bytes, slab_bytes
+from thriftune.engine.residency import spread
 from thriftune.engine.sizes import LayerSizes, ProgramSizes, StackSizes
 from thriftune.kernels.slab import Matrix, SlabLayout
 from thriftune.plan.memory import NF4_BYTES
@@ -69,6 +70,13 @@ def test_what_the_recipe_wants_stays_and_no_more():
     more_than_there_are = demand(resident=10 * SIZES.number_of_layers)
     assert choose_offload(SIZES, GIB, more_than_there_are).resident == SIZES.number_of_layers
     assert least_offload(SIZES, more_than_there_are).resident == SIZES.number_of_layers
+
+
+def test_no_more_layers_stay_than_there_are():
+    for free in (None, 7 * GIB, 60 * GIB):
+        chosen = choose_offload(SIZES, free, demand(resident=1000))
+        assert chosen == choose_offload(SIZES, free, demand(resident=80)) and chosen.resident == 80
+        assert spread(chosen.resident, chosen.layers) == list(range(80))
 
 
 def test_where_nothing_fits_the_least_is_tried():

@@ -44,17 +44,31 @@ def test_json_has_the_fields_of_the_issue(run):
     content = run("plan", "llama-3-8b", "--gpu", "rtx-4090", "--gpu", "2xh200", "--json").ok().json
     assert [(found["gpu"], found["gpus"]) for found in content["gpus"]] == [("rtx-4090", 1), ("h200", 2)]
     for found in content["gpus"]:
-        assert [method["method"] for method in found["methods"]] == ["full", "lora", "qlora"]
+        assert [method["method"] for method in found["methods"]] == ["full", "lora", "qlora", "lora-fp8"]
         assert {"method", "reasons", "command"} == set(found["recommended"])
         for method in found["methods"]:
             assert set(method) >= FIELDS_OF_THE_ISSUE
             assert list(method["memory"]) == list(PARTS) and sum(method["memory"].values()) == method["peak_bytes"]
-        assert [method["path"] for method in found["methods"]] == ["generic", "engine", "engine"]
+        assert [method["path"] for method in found["methods"]] == ["generic", "engine", "engine", "engine"]
         lora = found["methods"][1]["settings"]
         assert lora["gradient_checkpointing"] == "auto" and lora["tokens_at_once"] <= 16 * 1024
         assert lora["recomputes"] == (lora["layers_keep"] != "everything")
     assert content["gpus"][0]["methods"][1]["trainable_parameters"] == 41_943_040
     Plan.model_validate(content)
+
+
+def test_a_line_of_8_bit_products_where_a_gpu_has_them_and_never_as_the_recommendation(run):
+    content = run("plan", "llama-3-8b", "--gpu", "h200", "--gpu", "a100-80gb", "--json").ok().json
+    with_fp8, without = content["gpus"]
+    lora, eight = with_fp8["methods"][1], with_fp8["methods"][3]
+    assert eight["method"] == "lora-fp8" and eight["tokens_per_s"] > 1.2 * lora["tokens_per_s"]
+    assert eight["memory"]["weights"] > 1.8 * lora["memory"]["weights"]  # both layouts beside the 16-bit weights
+    assert with_fp8["recommended"]["method"] == "lora"
+    assert [method["method"] for method in without["methods"]] == ["full", "lora", "qlora"]
+    asked = run("plan", "llama-3-8b", "--gpu", "h200", "precision=fp8", "--method", "lora", "--json").ok().json
+    assert asked["gpus"][0]["methods"][0]["step_s"] == eight["step_s"]
+    assert "precision=fp8" in asked["gpus"][0]["recommended"]["command"]
+    assert "is refused with precision=fp8" in run("plan", "llama-3-8b", "--gpu", "a100-80gb", "precision=fp8").ok().out
 
 
 def test_the_text_and_the_article(run):

@@ -17,7 +17,7 @@ from thriftune.engine.read import base_of, read_program, why_not
 from thriftune.engine.room import Room
 from thriftune.engine.sizes import RANK_MULTIPLE, RECOMPUTING, rank_multiple
 from thriftune.engine.streamed_path import StreamedPath, streamed_path
-from thriftune.engine.takes import why_not_fp8, why_not_method
+from thriftune.engine.takes import why_not_fp8, why_not_heads, why_not_method
 from thriftune.engine.trust import why_not_trusted
 from thriftune.engine.warm import Warming, start_warming
 from thriftune.errors import InputError
@@ -39,6 +39,8 @@ def why_not_here(model: nn.Module, recipe: Recipe, device: torch.device) -> str 
         return "its attention kernels take 16-bit numbers, and the model is loaded in float32"
     if reason := why_not(model):
         return reason
+    if device.type == "cuda" and (reason := why_not_heads(_head_size(base_of(model).config))):
+        return reason
     if recipe.precision == "fp8":
         return _why_not_fp8_here(model, device)
     return None
@@ -58,11 +60,15 @@ def _why_not_fp8_here(model: nn.Module, device: torch.device) -> str | None:
     config = base_of(model).config
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = _head_size(config)
     sides = (config.hidden_size, config.intermediate_size, heads * size, groups * size)
     if device.type == "cuda" and base_of(model).get_input_embeddings().weight.dtype != torch.bfloat16:
         return "fp8 products take and give bfloat16, and the model is loaded in another type"
     return why_not_fp8(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, sides)
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def warm_up(config: Mapping[str, Any], recipe: Recipe, device: torch.device, four_bit: bool) -> Warming:

@@ -101,7 +101,10 @@ class CudnnAttention:
         key = (name, bounds, places, kind.scale, window, tensors[0].dtype)
         cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
         if key not in self._plans:
-            self._plans[key] = build(cudnn, self._handle, bounds, places, kind.scale, window, tensors[0])
+            try:
+                self._plans[key] = build(cudnn, self._handle, bounds, places, kind.scale, window, tensors[0])
+            except cudnn.cudnnGraphNotSupportedError as error:  # which is no RuntimeError of its own accord
+                raise RuntimeError(f"cuDNN has no plan for this: {error}") from None
         plan = self._plans[key]
         if self._of is not segments:
             self._of, self._offsets, self._lengths_S = segments, {}, _lengths(segments, bounds.count)

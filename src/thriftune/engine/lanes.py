@@ -102,8 +102,8 @@ class CudaLane:
     def times(self) -> LinkTimes:
         """Of what has ended: the first copies of the next pass may still run."""
         torch.cuda.current_stream(self.device).synchronize()
-        copies = [copy for copy in self._copies if copy[1].query()]
-        self._copies = [copy for copy in self._copies if copy not in copies]
+        made = [(copy, copy[1].query()) for copy in self._copies]
+        copies, self._copies = [copy for copy, ended in made if ended], [copy for copy, ended in made if not ended]
         copy_ms = sum(began.elapsed_time(arrived) for began, arrived, _ in copies)
         waited_ms = sum(before.elapsed_time(after) for before, after in self._waits)
         self._waits = []

@@ -64,7 +64,10 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
 
 def cut_by_tokens(examples: Sequence[Example], most_tokens: int) -> list[list[Example]]:
     """The examples in groups of at most `most_tokens` tokens (one longer than that stands alone), longest first: the
-    largest need of memory shows at once, and groups are even."""
+    largest need of memory shows at once, and groups are even. Of no examples (a process of several may have none of a
+    step) there is no group."""
+    if not examples:
+        return []
     if sum(map(len, examples)) <= most_tokens:
         return [list(examples)]
     groups: list[list[Example]] = []

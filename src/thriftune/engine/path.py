@@ -37,6 +37,7 @@ class EnginePath:
     keep: Keep | None = None
     most_tokens: int | None = None
     name: Literal["engine", "generic"] = "engine"
+    _resumed: bool = False  # and which 4-bit layers stay unpacked is still to be chosen
 
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
         keep, most_tokens = self._choose()
@@ -50,8 +51,9 @@ class EnginePath:
     def losses(self, examples: Sequence[Example]) -> tuple[float, int]:
         self.program.copy_masters()
         total, targets = 0.0, 0
-        most_tokens = self.most_tokens or self.room.tokens_of_evaluation(examples)
-        for group in cut_by_tokens(examples, most_tokens):
+        if self.most_tokens is None:
+            self.most_tokens = self.room.tokens_of_evaluation()
+        for group in cut_by_tokens(examples, self.most_tokens):
             batch = pack(group, self.device)
             total += float(self.program.loss(batch, self.attention))
             targets += batch.targets_N.shape[0]
@@ -89,15 +91,21 @@ class EnginePath:
         """As the checkpoint was left."""
         if "keep" in state and "most_tokens" in state:
             self.keep, self.most_tokens = Keep(int(state["keep"])), int(state["most_tokens"])
+            self._resumed = True
 
     def parameters_changed(self) -> None:
         follow_adapters(self.program)
 
     def _choose(self) -> tuple[Keep, int]:
-        """What layers keep, and tokens at once: chosen at the first step for a step of the longest kind there is."""
+        """What layers keep, and tokens at once: chosen at the first step for a step of the longest kind there is. A
+        resumed run has them from its checkpoint, and beside them unpacks as many layers as there is room for."""
+        held = 0
         if self.keep is None or self.most_tokens is None:
             chosen = self.room.choose(self.most, self.least)
-            self.keep, self.most_tokens = chosen.keep, chosen.most_tokens
-            for layer in self.program.layers[: chosen.held]:
-                layer.hold()
+            self.keep, self.most_tokens, held = chosen.keep, chosen.most_tokens, chosen.held
+        elif self._resumed:
+            held = self.room.choose(self.keep, self.keep).held
+        self._resumed = False
+        for layer in self.program.layers[:held]:
+            layer.hold()
         return self.keep, self.most_tokens

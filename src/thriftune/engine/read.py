@@ -101,23 +101,23 @@ def follow_adapters(program: Program) -> None:
     """Take over the adapters as the model has them now: with other factors, of other ranks, or gone. Buffers change
     their size one after the other, so that never two models lie in memory. Not with products in 8-bit floats."""
     assert not program.fp8, "recipes with ranks that change refuse precision=fp8"
-    found: list[tuple[Stack, list[Part]]] = []
+    found: list[tuple[Stack, tuple[str, ...], list[Part]]] = []
     for layer, module in zip(program.layers, program.base.model.layers, strict=True):
         parents = (module.self_attn, module.self_attn, module.mlp, module.mlp)
         for stack, parent, names in zip(layer.stacks, parents, (QKV, OUT, GATE_UP, DOWN), strict=True):
-            found.append((stack, _parts(parent, names)))
-    ranks = {id(stack): padded_rank(parts, program.rank_multiple) for stack, parts in found}
-    for members in _that_share([stack for stack, _ in found]):
+            found.append((stack, names, _parts(parent, names)))
+    ranks = {id(stack): padded_rank(parts, program.rank_multiple) for stack, _, parts in found}
+    for members in _that_share([stack for stack, _, _ in found]):
         largest = max(ranks[id(stack)] for stack in members)
         ranks.update({id(stack): largest for stack in members})
     with torch.no_grad():
         shared = SharedBuffers(program.rank_multiple, program.embedding_VD, fp8=False)
-        for stack, parts in found:
+        for stack, names, parts in found:
             rank, common = ranks[id(stack)], None
             if stack.packed:
-                common = stack.home if rank == stack.rank else shared.of(stack.size_out, stack.size_in, rank)
+                common = stack.home if rank == stack.rank else shared.of(names, stack.size_out, stack.size_in, rank)
             stack.take_up(parts, rank, common)
-    _find_traces([stack for stack, _ in found if stack.packed])
+    _find_traces([stack for stack, _, _ in found if stack.packed])
     program.forget_copies()
 
 
@@ -163,23 +163,23 @@ def _norm(module: Any) -> Norm:
 
 @dataclass
 class SharedBuffers:
-    """What 4-bit layers are unpacked into, one buffer for each size of stack; products are in the type of `like`, or
-    with `fp8` in 8-bit floats."""
+    """What 4-bit layers are unpacked into, one buffer for each of a layer's stacks, by linears and sizes: the stacks of
+    one layer are there at once, so they never share. Products are in the type of `like`, or with `fp8` in 8 bits."""
 
     rank_multiple: int
     like: Tensor
     fp8: bool
-    buffers: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    fp8_values: dict[tuple[int, int, int], Fp8Values] = field(default_factory=dict)
+    buffers: dict[tuple[Sequence[str], int, int, int], Tensor] = field(default_factory=dict)
+    fp8_values: dict[tuple[Sequence[str], int, int, int], Fp8Values] = field(default_factory=dict)
 
-    def of(self, size_out: int, size_in: int, rank: int) -> Tensor:
-        key = (size_out, size_in, rank)
+    def of(self, names: Sequence[str], size_out: int, size_in: int, rank: int) -> Tensor:
+        key = (names, size_out, size_in, rank)
         if key not in self.buffers:
             self.buffers[key] = self.like.new_zeros(size_out + rank, size_in + rank)
         return self.buffers[key]
 
-    def values_of(self, size_out: int, size_in: int, rank: int) -> Fp8Values:
-        key = (size_out, size_in, rank)
+    def values_of(self, names: Sequence[str], size_out: int, size_in: int, rank: int) -> Fp8Values:
+        key = (names, size_out, size_in, rank)
         if key not in self.fp8_values:
             self.fp8_values[key] = Fp8Values.empty(size_out, size_in, rank, self.like.device)
         return self.fp8_values[key]
@@ -199,7 +199,7 @@ def _stack(parent: Any, names: Sequence[str], shared: SharedBuffers) -> Stack:
         stack.packed, stack.shared = [FourBit.of(weight) for weight in weights], True
     if shared.fp8:
         if stack.shared:
-            values = shared.values_of(size_out, size_in, rank)
+            values = shared.values_of(names, size_out, size_in, rank)
         else:
             values = Fp8Values.empty(size_out, size_in, rank, shared.like.device)
         if stack.shared and not stack.packed:
@@ -207,7 +207,7 @@ def _stack(parent: Any, names: Sequence[str], shared: SharedBuffers) -> Stack:
         else:
             stack.fp8 = read_fp8(parts, stack.packed, size_in, rank, values, shared.like)
     elif stack.shared:
-        stack.buffer_YX = shared.of(size_out, size_in, rank)
+        stack.buffer_YX = shared.of(names, size_out, size_in, rank)
     else:
         stack.buffer_YX = shared.like.new_zeros(size_out + rank, size_in + rank)
         for part in parts:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from thriftune.data import Example
 from thriftune.engine.program import Program
 from thriftune.engine.sizes import CHUNK_BYTES, Choice, Keep, choose, without_spare
 
@@ -28,13 +26,13 @@ class Room:
         sizes = self.program.sizes
         return choose(sizes, self._free_bytes(), self.step_tokens, self.longest, self.later_bytes, most, least)
 
-    def tokens_of_evaluation(self, examples: Sequence[Example]) -> int:
+    def tokens_of_evaluation(self) -> int:
         """Tokens at once where nothing is kept from layer to layer."""
         free = self._free_bytes()
         if free is None:
             return self.step_tokens
         a_token = 2 * self.program.sizes.working_bytes(Keep.INPUT)
-        return max(max(map(len, examples)), min(4 * self.step_tokens, (free - CHUNK_BYTES) // a_token))
+        return max(self.longest, min(4 * self.step_tokens, (free - CHUNK_BYTES) // a_token))
 
     def _free_bytes(self) -> int | None:
         free = free_bytes(self.device)

@@ -54,7 +54,7 @@ class DeviceShelf:
 
 @dataclass
 class HostShelf:
-    """`rows_LPD` is one block of pinned memory, taken once, for steps of up to P tokens."""
+    """`rows_LPD` is one block of pinned memory for steps of up to P tokens; a step of more takes a larger one."""
 
     block: PinnedBlock
     rows_LPD: Tensor  # noqa: N815
@@ -67,17 +67,21 @@ class HostShelf:
 
     @classmethod
     def of(cls, layers: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> HostShelf:
-        size = layers * tokens * width * dtype.itemsize
-        what = f"the inputs of {layers} layers for {tokens:,} tokens a step"
-        check_host_memory(size, what)
-        block = pinned_block(size, device, what)
-        rows_LPD = block.bytes.view(dtype).view(layers, tokens, width)
+        block, rows_LPD = _rows(layers, tokens, width, dtype, device)
         return cls(block, rows_LPD, device, lane_to(device), lane_to(device))
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._starts = [sum(tokens[:number]) for number in range(len(tokens) + 1)]
+        for arrival, _ in self._back.values():  # of a pass that was broken off: their memory is about to be another's
+            self.coming.wait(arrival)
         self._back.clear()
         self._let_go(0)
+        for lane in (self.leaving, self.coming):
+            lane.times()  # which forgets the last pass's: nobody else asks for them
+        layers, most, width = self.rows_LPD.shape
+        if self._starts[-1] > most:  # another epoch's order has a larger step than the first one's
+            self.block.release()
+            self.block, self.rows_LPD = _rows(layers, self._starts[-1], width, self.rows_LPD.dtype, self.device)
 
     def put(self, layer: int, part: int, x_TD: Tensor) -> None:
         arrival = self.leaving.send(x_TD, self._place(layer, part), self.leaving.mark())
@@ -104,3 +108,11 @@ class HostShelf:
         while len(self._on_the_way_out) > most:
             arrival, _ = self._on_the_way_out.popleft()
             self.leaving.wait(arrival)
+
+
+def _rows(layers: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[PinnedBlock, Tensor]:
+    size = layers * tokens * width * dtype.itemsize
+    what = f"the inputs of {layers} layers for {tokens:,} tokens a step"
+    check_host_memory(size, what)
+    block = pinned_block(size, device, what)
+    return block, block.bytes.view(dtype).view(layers, tokens, width)

@@ -14,6 +14,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 QKV, OUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 FP8_FROM = (8, 9)  # compute capability
+HEAD_MULTIPLE, LARGEST_HEAD = 8, 256  # elements of a head that FlashAttention takes
 LINEARS = (*QKV, *OUT, *GATE_UP, *DOWN)
 
 
@@ -25,6 +26,14 @@ def why_not_model(model_type: str, activation: str, rope_type: str) -> str | Non
         return f"the MLP's activation is {activation}"
     if rope_type not in ROPE_TYPES:
         return f"rope of type {rope_type} depends on the rows' length"
+    return None
+
+
+def why_not_heads(size: int) -> str | None:
+    """Why no attention kernel of a GPU takes heads of so many elements; None when one does."""
+    if size % HEAD_MULTIPLE or size > LARGEST_HEAD:
+        allowed = f"heads of multiples of {HEAD_MULTIPLE} up to {LARGEST_HEAD} elements"
+        return f"its attention kernels take {allowed}, and this model's have {size}"
     return None
 
 

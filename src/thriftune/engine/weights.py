@@ -120,7 +120,6 @@ class Stack:
         """Unpack the weights once, into memory that stays until `let_go`."""
         if not self.shared:
             return
-        self.shared = False
         if self.fp8 is not None:
             rank, device = self.fp8.forward.rank, self.fp8.a_RI.device
             own = Fp8Values.empty(self.size_out, self.size_in, rank, device)
@@ -128,6 +127,7 @@ class Stack:
         else:
             assert self.buffer_YX is not None
             self._common, self.buffer_YX = self.buffer_YX, torch.zeros_like(self.buffer_YX)
+        self.shared = False  # not before there is memory: what has none of its own must go on sharing
         self._fill(forward=True, backward=True)
 
     def let_go(self) -> None:

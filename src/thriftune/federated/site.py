@@ -29,14 +29,13 @@ from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS, trainable_parameters
 from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
-from thriftune.records import StepMetrics
 from thriftune.run import Prepared, export_result, make_job
 from thriftune.run_path import hold_memory, load_base, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob
 from thriftune.train.checkpoint import TrainState, check_identity, find_checkpoint, prune_checkpoints, write_checkpoint
 from thriftune.train.distributed import Processes
 from thriftune.train.job import generic_path
-from thriftune.train.loop import StepResult, mean_loss, train_step
+from thriftune.train.loop import mean_loss, step_metrics, train_step
 from thriftune.train.meter import Meter
 from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer
 from thriftune.train.path import StepPath
@@ -213,7 +212,9 @@ class Site:
             result = train_step(job, self._optimizer, self._path, step, rate, StopRequest(), self._teller(events))
             self._state.step, self._state.tokens_seen = step + 1, self._state.tokens_seen + result.tokens
             losses.append((result.loss, result.targets))
-            self._observers.step(_metrics(job, self._state, result, meter, rate, time.perf_counter() - started, events))
+            took_s = time.perf_counter() - started
+            metrics = step_metrics(job, self._state, result, self._path, meter, rate, took_s, None, events)
+            self._observers.step(metrics)
         self._observers.end()
         targets = sum(count for _, count in losses)
         return sum(loss * count for loss, count in losses) / targets, meter.elapsed_s()
@@ -255,23 +256,3 @@ def eval_loss(base: Base) -> float | None:
     if not base.job.eval_examples:
         return None
     return mean_loss(base.job, base.path, lambda text: None, base.job.eval_examples)
-
-
-def _metrics(
-    job: TrainJob, state: TrainState, result: StepResult, meter: Meter, rate: float, step_s: float, events: list[str]
-) -> StepMetrics:
-    return StepMetrics(
-        step=state.step,
-        epoch=job.order.epoch(state.step),
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        learning_rate=rate,
-        targets=result.targets,
-        tokens=result.tokens,
-        tokens_seen=state.tokens_seen,
-        step_s=step_s,
-        tokens_per_s=result.tokens / step_s,
-        memory_bytes=meter.memory_bytes(),
-        peak_bytes=meter.peak_bytes(),
-        events=events,
-    )

@@ -7,6 +7,36 @@ import triton.language as tl
 
 
 @triton.jit
+def weights_of_blocks(
+    packed_ptr,
+    values_ptr,
+    scales_ptr,
+    scale_values_ptr,
+    scale_scales_ptr,
+    scale_offset_ptr,
+    number,
+    inside,
+    scale_block,
+    NESTED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+):
+    """The first and the second weight of every byte of the blocks with these numbers, in float32."""
+    if NESTED:
+        index = tl.load(scales_ptr + number, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scale_values_ptr + index, mask=inside, other=0.0)
+        scale = scale * tl.load(scale_scales_ptr + number // scale_block, mask=inside, other=0.0)
+        scale = scale + tl.load(scale_offset_ptr)
+    else:
+        scale = tl.load(scales_ptr + number, mask=inside, other=0.0)
+    pair = tl.arange(0, WEIGHTS // 2)
+    place = number[:, None] * (WEIGHTS // 2) + pair[None, :]
+    byte = tl.load(packed_ptr + place, mask=inside[:, None], other=0).to(tl.int32)
+    high = tl.load(values_ptr + (byte >> 4)) * scale[:, None]
+    low = tl.load(values_ptr + (byte & 15)) * scale[:, None]
+    return high, low
+
+
+@triton.jit
 def unpack(
     packed_ptr,
     values_ptr,
@@ -29,18 +59,10 @@ def unpack(
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < columns // WEIGHTS
     number = row * (columns // WEIGHTS) + block
-    if NESTED:
-        index = tl.load(scales_ptr + number, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scale_values_ptr + index, mask=inside, other=0.0)
-        scale = scale * tl.load(scale_scales_ptr + number // scale_block, mask=inside, other=0.0)
-        scale = scale + tl.load(scale_offset_ptr)
-    else:
-        scale = tl.load(scales_ptr + number, mask=inside, other=0.0)
-    pair = tl.arange(0, WEIGHTS // 2)
-    place = number[:, None] * (WEIGHTS // 2) + pair[None, :]
-    byte = tl.load(packed_ptr + place, mask=inside[:, None], other=0).to(tl.int32)
-    high = tl.load(values_ptr + (byte >> 4)) * scale[:, None]
-    low = tl.load(values_ptr + (byte & 15)) * scale[:, None]
+    high, low = weights_of_blocks(
+        packed_ptr, values_ptr, scales_ptr, scale_values_ptr, scale_scales_ptr, scale_offset_ptr, number, inside,
+        scale_block, NESTED, WEIGHTS,
+    )  # fmt: skip
     if OVER:
         over = tl.load(over_ptr + row)
         high, low = high / over, low / over

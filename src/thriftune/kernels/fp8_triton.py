@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thriftune.kernels.four_bit_triton import weights_of_blocks
+
 
 @triton.jit
 def quantise(
@@ -123,18 +125,10 @@ def unpack_transposed(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     number = row * (columns // WEIGHTS) + tl.program_id(1)
-    if NESTED:
-        index = tl.load(scales_ptr + number, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scale_values_ptr + index, mask=inside, other=0.0)
-        scale = scale * tl.load(scale_scales_ptr + number // scale_block, mask=inside, other=0.0)
-        scale = scale + tl.load(scale_offset_ptr)
-    else:
-        scale = tl.load(scales_ptr + number, mask=inside, other=0.0)
-    pair = tl.arange(0, WEIGHTS // 2)
-    byte = tl.load(packed_ptr + number[:, None] * (WEIGHTS // 2) + pair[None, :], mask=inside[:, None], other=0)
-    byte = byte.to(tl.int32)
-    high = tl.load(values_ptr + (byte >> 4)) * scale[:, None]
-    low = tl.load(values_ptr + (byte & 15)) * scale[:, None]
+    high, low = weights_of_blocks(
+        packed_ptr, values_ptr, scales_ptr, scale_values_ptr, scale_scales_ptr, scale_offset_ptr, number, inside,
+        scale_block, NESTED, WEIGHTS,
+    )  # fmt: skip
     both = tl.reshape(tl.join(high, low), (ROWS, WEIGHTS))
     column = tl.program_id(1).to(tl.int64) * WEIGHTS + tl.arange(0, WEIGHTS)
     both = both / tl.load(row_scales_ptr + column)[None, :]

@@ -30,6 +30,7 @@ from thriftune.engine.takes import (
     QKV,
     why_not_adapter,
     why_not_fp8,
+    why_not_heads,
     why_not_method,
     why_not_model,
 )
@@ -64,6 +65,7 @@ def why_not_engine(shape: ModelShape, recipe: Recipe, method: str, adapter: Adap
             "its attention kernels take 16-bit numbers" if gpu is not None and recipe.model.dtype == "float32" else None
         )
         or why_not_model(shape.part_of or shape.model_type, shape.activation, shape.rope)
+        or (_why_not_heads(shape) if gpu is not None else None)
         or (_why_not_fp8(shape, gpu) if recipe.precision == "fp8" else None)
         or why_not_adapter(recipe.lora, any(linear.bias for _, linear, _ in shape.linears()))
         or next((f"an adapter on {path}" for path in adapter.ranks if path.rpartition(".")[2] not in LINEARS), None)
@@ -77,6 +79,10 @@ def _why_not_gpu(gpu: Gpu | None) -> str | None:
         return "it runs on CUDA and on CPUs"
     capability = tuple(int(part) for part in (gpu.compute_capability or "").split(".") if part.isdigit())
     return "this GPU has no bfloat16 products" if gpu.flops_bf16 is None or (0,) < capability < OLDEST else None
+
+
+def _why_not_heads(shape: ModelShape) -> str | None:
+    return next((reason for layer, _ in shape.layers if (reason := why_not_heads(layer.attention.head_dim))), None)
 
 
 def _why_not_fp8(shape: ModelShape, gpu: Gpu | None) -> str | None:
@@ -100,7 +106,7 @@ class EngineCase:
 
 def engine_case(shape: ModelShape, adapter: Adapter, setup: Setup, gpu: Gpu | None) -> EngineCase:
     """Only where the engine takes the model. 16-bit weights lie in the stacks' buffers, whose further rows and columns
-    hold the adapters' working copies; 4-bit ones are packed, and the layers share a buffer for each size of stack."""
+    hold the adapters' working copies; 4-bit ones are packed, and the layers share buffers."""
     multiple = rank_multiple("cpu" if gpu is None else "cuda", setup.fp8)
     layers = [(_layer(layer, shape.hidden_size, adapter, multiple), len(indices)) for layer, indices in shape.layers]
     sizes = ProgramSizes(layers, shape.hidden_size, shape.vocab_size, setup.value_bytes, setup.fp8)
@@ -108,13 +114,17 @@ def engine_case(shape: ModelShape, adapter: Adapter, setup: Setup, gpu: Gpu | No
     if setup.fp8:
         return EngineCase(shape, adapter, setup, gpu, sizes, _resident_in_fp8(sizes, setup, masters, weights))
     if setup.method == "qlora":
-        kinds = {stack for layer, _ in sizes.layers for stack in layer.stacks}
-        shared = float(sizes.element * sum(stack.buffer for stack in kinds))
+        shared = float(sizes.element * sum(stack.buffer for stack in _that_share(sizes)))
         return EngineCase(shape, adapter, setup, gpu, sizes, Resident(weights, masters, shared))
     own = sum(layer.buffers * count for layer, count in sizes.layers)
     plain = sum(stack.size_in * stack.size_out * count for layer, count in sizes.layers for stack in layer.stacks)
     copies = float(sizes.element * (own - plain))
     return EngineCase(shape, adapter, setup, gpu, sizes, Resident(weights, masters + copies, 0.0))
+
+
+def _that_share(sizes: ProgramSizes) -> list[StackSizes]:
+    """Of stacks that are alike in all layers, one each; those of one layer are there at once, alike or not."""
+    return [stack for _, stack in {found for layer, _ in sizes.layers for found in enumerate(layer.stacks)}]
 
 
 def _resident_in_fp8(sizes: ProgramSizes, setup: Setup, masters: float, weights: float) -> Resident:
@@ -123,7 +133,7 @@ def _resident_in_fp8(sizes: ProgramSizes, setup: Setup, masters: float, weights:
     stacks = [(stack, count) for layer, count in sizes.layers for stack in layer.stacks]
     copies = sizes.element * sum(count * stack.copies for stack, count in stacks)
     if setup.method == "qlora":
-        shared = float(sum(stack.fp8_bytes for stack in {stack for stack, _ in stacks}))
+        shared = float(sum(stack.fp8_bytes for stack in _that_share(sizes)))
         return Resident(weights, masters + copies, shared)
     return Resident(weights + sum(count * stack.fp8_bytes for stack, count in stacks), masters + copies, 0.0)
 

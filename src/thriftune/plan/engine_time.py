@@ -21,12 +21,14 @@ PARTS_OF_A_LAYER = 7  # linears, each with a tensor of A and one of B
 
 @dataclass(frozen=True, slots=True)
 class EngineEfficiency:
-    """What the engine reaches: shares of the GPU's rates; `ramp` in tokens; `attention` of the matrix rate for rows of
-    2,048 tokens, growing with the row. The rest are seconds of the thread that launches kernels: for a layer's forward
-    and backward pass, for what is computed again by what is kept, for a step, and for one whose rows have new lengths
-    (attention is planned and memory mapped anew); `paged_s` for each linear's share of a paged optimizer's step."""
+    """What the engine reaches: shares of the GPU's rates (`matmul_fp8` of that of 8-bit floats); `ramp` in tokens;
+    `attention` of the matrix rate for rows of 2,048 tokens, growing with the row. The rest are seconds of the thread
+    that launches kernels: for a layer's forward and backward pass, for what is computed again by what is kept, for a
+    step, and for one whose rows have new lengths (attention is planned and memory mapped anew); `paged_s` for each
+    linear's share of a paged optimizer's step."""
 
     matmul: float
+    matmul_fp8: float
     ramp: float
     attention: float
     traffic: float
@@ -40,15 +42,16 @@ class EngineEfficiency:
 
 
 ENGINE = EngineEfficiency(
-    matmul=0.71,
+    matmul=0.735,
+    matmul_fp8=0.615,
     ramp=400.0,
     attention=0.324,
     traffic=0.75,
     dequantise=0.5,
-    layer_s=0.002,
-    again_s=(0.0, 0.0005, 0.0012, 0.0016),
+    layer_s=0.0014,
+    again_s=(0.0, 0.0003, 0.0007, 0.001),
     step_s=0.006,
-    varied_s=0.01,
+    varied_s=0.006,
     paged_s=0.0001,
     measured=True,
 )
@@ -76,7 +79,10 @@ def engine_time(case: EngineCase, choice: Choice, work: Work, gpu: Gpu, gpus: in
     a_part = work.packed.tokens / amounts.parts
     ramp = 1 + reached.ramp / max(a_part, 1.0)
     reach = min(1.0, reached.attention * (amounts.mean_length / 2048) ** 0.2)
-    compute_s = (amounts.products * ramp + amounts.head) / (flops * reached.matmul)
+    products_rate = flops * reached.matmul
+    if case.setup.fp8 and gpu.flops_fp8 is not None:
+        products_rate = gpu.flops_fp8 * reached.matmul_fp8
+    compute_s = amounts.products * ramp / products_rate + amounts.head / (flops * reached.matmul)
     compute_s += amounts.attention / (flops * reach)
     memory_s = (amounts.traffic / reached.traffic + amounts.dequantised / reached.dequantise) / bandwidth
     layers = case.sizes.number_of_layers
@@ -112,6 +118,8 @@ def engine_amounts(case: EngineCase, choice: Choice, work: Work) -> EngineAmount
     parts = max(1, math.ceil(packed.tokens / choice.most_tokens))
     products = sum(count * _products(layer, choice.keep) for layer, count in sizes.layers)
     traffic = sum(count * _traffic(layer, choice.keep) for layer, count in sizes.layers)
+    if sizes.fp8:
+        traffic += sum(count * _quantising(layer, choice.keep) for layer, count in sizes.layers)
     attention = 0.0
     for layer, indices in shape.layers:
         heads = layer.attention.heads * layer.attention.head_dim
@@ -131,7 +139,7 @@ def engine_amounts(case: EngineCase, choice: Choice, work: Work) -> EngineAmount
         traffic=traffic * sizes.element * packed.tokens
         + packed.targets * shape.vocab_size * sizes.element * LOGITS_PASSES
         + case.adapter.trained * OPTIMIZER_TRAFFIC,
-        dequantised=2 * unpacked_layers * weights * (NF4_READ + sizes.element) * parts,
+        dequantised=2 * unpacked_layers * weights * (NF4_READ + (1 if sizes.fp8 else sizes.element)) * parts,
         parts=parts,
     )
 
@@ -148,6 +156,16 @@ def _products(layer: LayerSizes, keep: Keep) -> float:
     again = {Keep.ALL: (), Keep.NO_MLP: ("gate_up",), Keep.RESIDUALS: ("qkv", "gate_up"),
              Keep.INPUT: ("qkv", "o", "gate_up")}[keep]  # fmt: skip
     return float(passes + 2 * weights(again))
+
+
+def _quantising(layer: LayerSizes, keep: Keep) -> float:
+    """Elements a token that pass through memory when products' inputs become 8-bit floats: one read, half of one
+    written; and what is added to `o`'s and `down`'s output beside the product."""
+    again = {Keep.ALL: (), Keep.NO_MLP: (layer.gate_up,), Keep.RESIDUALS: (layer.qkv, layer.gate_up),
+             Keep.INPUT: (layer.qkv, layer.o, layer.gate_up)}[keep]  # fmt: skip
+    inputs = sum(stack.size_in for stack in (*layer.stacks, *again)) + sum(stack.size_out for stack in layer.stacks)
+    residuals = 2 + (keep == Keep.INPUT)
+    return 1.5 * inputs + 3.0 * residuals * layer.qkv.size_in
 
 
 def _traffic(layer: LayerSizes, keep: Keep) -> float:

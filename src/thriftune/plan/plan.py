@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thriftune.catalog.rows import Gpu
 from thriftune.engine.sizes import Choice, Keep
@@ -30,7 +30,7 @@ from thriftune.plan.search import (
     smallest_gpu,
 )
 from thriftune.plan.time import efficiency_of
-from thriftune.plan.values import Work
+from thriftune.plan.values import FP8_LORA, Work
 from thriftune.recipe import cut_schedule
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
 from thriftune.units import format_bytes
@@ -100,10 +100,24 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     return GpuPlan(
         gpu=device.gpu.key if device.gpu else "cpu",
         gpus=device.count,
-        methods=planned,
+        methods=[*planned, *_in_fp8(question, device, market)],
         recommended=Recommendation(method=chosen.method if chosen else None, reasons=reasons, command=command),
         notes=[note for note in notes if note],
     )
+
+
+def _in_fp8(question: Question, device: Device, market: Market) -> list[PlannedMethod]:
+    """LoRA with the base's products in 8-bit floats, as one more line where it could be had: it is never recommended,
+    because what it costs in accuracy is for the user to weigh."""
+    case = question.case
+    if tuple(question.methods) != METHODS or case.recipe.precision != "auto":
+        return []
+    if device.gpu is None or question.stopwatch is not None:
+        return []
+    eight = replace(case, recipe=case.recipe.model_copy(update={"precision": "fp8"}))
+    if eight.engine_reason("lora", device, adapter_of(case.shape, case.recipe.lora, "lora")) is not None:
+        return []
+    return [plan_method(eight, "lora", device, market).model_copy(update={"method": FP8_LORA})]
 
 
 def _notes_of_times(
@@ -196,7 +210,9 @@ def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str |
         )
     if chosen.checkpointing and case.recipe.train.gradient_checkpointing == "auto":
         notes.append("recomputes activations in the backward pass, for memory")
-    if method != "full":
+    if method != "full" and case.recipe.precision == "fp8":
+        notes.append(f"is refused with precision=fp8, which only the engine has: {no_engine}")
+    elif method != "full":
         notes.append(f"does not go through the engine: {no_engine}")
     return notes
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from thriftune.plan.cost import ELECTRICITY, cheapest
-from thriftune.plan.values import PARTS
+from thriftune.plan.values import FP8_LORA, PARTS
 from thriftune.records import GpuPlan, Plan, PlannedMethod
 from thriftune.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
 
@@ -36,9 +36,10 @@ def _gpu_lines(found: GpuPlan, article: bool) -> list[str]:
     lines = [f"{name}: {format_bytes(found.methods[0].usable_bytes)} usable" + (" each" if found.gpus > 1 else "")]
     lines += _indented(_article_rows(found) if article else _method_rows(found.methods))
     if not article:
-        trained = (f"{plan.method} {_trainable_words(plan)}" for plan in found.methods)
+        own = [plan for plan in found.methods if plan.method != FP8_LORA]
+        trained = (f"{plan.method} {_trainable_words(plan)}" for plan in own)
         lines += [f"  trainable parameters: {', '.join(trained)}", "", *_indented(_part_rows(found.methods))]
-        for plan in found.methods:
+        for plan in own:
             if not plan.fits:
                 lines += ["", *_listed(f"{plan.method} does not fit", plan.notes)]
     chosen = found.recommended
@@ -114,7 +115,7 @@ def _part_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
 
 
 def _article_rows(found: GpuPlan) -> list[list[str]]:
-    methods = found.methods
+    methods = [plan for plan in found.methods if plan.method != FP8_LORA]
     settings = methods[0].settings
     span = f"for {settings['max_steps']:,} steps" if "max_steps" in settings else "an epoch"
     epochs = settings.get("num_train_epochs", 1.0)

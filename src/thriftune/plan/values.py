@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+FP8_LORA = "lora-fp8"  # a line of the plan beside lora's: method lora with precision=fp8
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 LimitedBy = Literal["compute", "memory bandwidth", "link", "launches"]
 Path = Literal["generic", "engine"]

@@ -110,8 +110,8 @@ def refuse_other_plans(differing: int, processes: int) -> None:
         raise InputError(
             given=f"{differing} of {processes} processes planned other settings than the first: the memory that they "
             "found free differs",
-            allowed="one method, one per_device_train_batch_size and one gradient_checkpointing for all",
-            do="name these three in the recipe, or free the same memory on every GPU",
+            allowed="one method, one per_device_train_batch_size, one gradient_checkpointing and one optim for all",
+            do="name these four in the recipe, or free the same memory on every GPU",
         )
 
 

@@ -134,7 +134,7 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
             eval_loss = _evaluate_if_due(job, state, path, say)
             state.train_s = before_s + meter.elapsed_s()
             state.energy_j = before_j + (meter.energy_j() or 0.0)
-            observers.step(_metrics(job, state, result, path, meter, rate, step_s, eval_loss, events))
+            observers.step(step_metrics(job, state, result, path, meter, rate, step_s, eval_loss, events))
             if _save_due(job, state, eval_loss) or result.stop_signal:
                 _save(job, optimizer, state, observers)
             if result.stop_signal and state.step < job.order.steps:
@@ -177,7 +177,7 @@ def _evaluate_if_due(job: TrainJob, state: TrainState, path: StepPath, say: Call
     return loss
 
 
-def _metrics(
+def step_metrics(
     job: TrainJob,
     state: TrainState,
     result: StepResult,
