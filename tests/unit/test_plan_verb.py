@@ -68,7 +68,10 @@ def test_a_line_of_8_bit_products_where_a_gpu_has_them_and_never_as_the_recommen
     asked = run("plan", "llama-3-8b", "--gpu", "h200", "precision=fp8", "--method", "lora", "--json").ok().json
     assert asked["gpus"][0]["methods"][0]["step_s"] == eight["step_s"]
     assert "precision=fp8" in asked["gpus"][0]["recommended"]["command"]
-    assert "is refused with precision=fp8" in run("plan", "llama-3-8b", "--gpu", "a100-80gb", "precision=fp8").ok().out
+    refused = run("plan", "llama-3-8b", "--gpu", "a100-80gb", "precision=fp8", "--method", "lora", "--json").ok().json
+    (lora,) = refused["gpus"][0]["methods"]
+    assert not lora["fits"] and "is refused with precision=fp8" in lora["notes"][0]
+    assert refused["gpus"][0]["recommended"]["command"] is None
 
 
 def test_the_text_and_the_article(run):

@@ -153,12 +153,16 @@ def plan_method(
     adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
     reason = case.engine_reason(method, device, adapter)
     chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
-    fits = chosen.memory.peak_bytes <= device.usable_bytes
+    refused = case.recipe.precision == "fp8" and method != "full" and reason is not None
+    fits = not refused and chosen.memory.peak_bytes <= device.usable_bytes
     time, work = chosen.time, chosen.work
     step_s = time.step_s if time else 0.0
-    notes = (
-        _settings_notes(case, method, chosen, reason) if fits else _what_would_fit(case, method, device, chosen, market)
-    )
+    if refused:
+        notes = [f"is refused with precision=fp8, which only the engine has: {reason}"]
+    elif fits:
+        notes = _settings_notes(case, method, chosen, reason)
+    else:
+        notes = _what_would_fit(case, method, device, chosen, market)
     if method == "dynamic":
         notes = [*notes, _cuts_note(case, work.steps)]
     if stopwatch is not None and fits and chosen.streamed is not None:
@@ -210,9 +214,7 @@ def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str |
         )
     if chosen.checkpointing and case.recipe.train.gradient_checkpointing == "auto":
         notes.append("recomputes activations in the backward pass, for memory")
-    if method != "full" and case.recipe.precision == "fp8":
-        notes.append(f"is refused with precision=fp8, which only the engine has: {no_engine}")
-    elif method != "full":
+    if method != "full":
         notes.append(f"does not go through the engine: {no_engine}")
     return notes
 

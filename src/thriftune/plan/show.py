@@ -41,7 +41,8 @@ def _gpu_lines(found: GpuPlan, article: bool) -> list[str]:
         lines += [f"  trainable parameters: {', '.join(trained)}", "", *_indented(_part_rows(found.methods))]
         for plan in own:
             if not plan.fits:
-                lines += ["", *_listed(f"{plan.method} does not fit", plan.notes)]
+                word = "fit" if plan.peak_bytes > plan.usable_bytes else "run"
+                lines += ["", *_listed(f"{plan.method} does not {word}", plan.notes)]
     chosen = found.recommended
     lines += ["", *_listed(f"recommended: {chosen.method or 'nothing here'}", chosen.reasons)]
     if chosen.command is not None:
@@ -78,7 +79,8 @@ def _trainable_words(plan: PlannedMethod) -> str:
 def fit_words(plan: PlannedMethod) -> str:
     if plan.fits:
         return "yes"
-    return f"no, +{format_bytes(plan.peak_bytes - plan.usable_bytes)}"
+    missing = plan.peak_bytes - plan.usable_bytes
+    return f"no, +{format_bytes(missing)}" if missing > 0 else "no"
 
 
 def _pace(plan: PlannedMethod) -> list[str]:

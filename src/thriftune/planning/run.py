@@ -80,9 +80,6 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
     by_name = {planned.method: planned for planned in found.methods}
     name = found.recommended.method
     chosen = by_name[name] if name else min(found.methods, key=lambda planned: planned.peak_bytes)
-    if not chosen.fits and not force and (device.gpu is not None or chosen.memory["weights"] > machine_memory()[1]):
-        others = [plan_method(case, method, device, market) for method in METHODS if method not in by_name]
-        raise _does_not_fit(recipe, found, chosen, [planned for planned in others if planned.fits])
     reason = case.engine_reason(chosen.method, device, adapter_of(shape, recipe.lora, chosen.method))
     if recipe.precision == "fp8" and reason is not None:
         raise InputError(
@@ -90,6 +87,9 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
             allowed="precision=fp8 where the engine runs on a GPU with products in 8-bit floats; auto everywhere",
             do="use precision=auto, or change what stands in the way",
         )
+    if not chosen.fits and not force and (device.gpu is not None or chosen.memory["weights"] > machine_memory()[1]):
+        others = [plan_method(case, method, device, market) for method in METHODS if method not in by_name]
+        raise _does_not_fit(recipe, found, chosen, [planned for planned in others if planned.fits])
     settings = chosen.settings
     return RunPlan(
         method=_method_name(chosen.method),
