@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from thriftune.data import largest_step
-from thriftune.engine.choose import engine_path, refuse_fp8, streaming_path, why_not_here
+from thriftune.engine.choose import engine_path, streaming_path, why_not_here
 from thriftune.engine.offload import Demand
 from thriftune.engine.sizes import later_bytes
 from thriftune.engine.streamed_path import StreamedPath
-from thriftune.engine.takes import why_not_adapter, why_not_method, why_not_model
+from thriftune.engine.takes import refuse_fp8, why_not_adapter, why_not_method, why_not_model
 from thriftune.errors import InputError, ModelError
 from thriftune.methods import trainable_parameters
 from thriftune.model_files import read_config

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from thriftune.engine import fp8 as engine_fp8
 from thriftune.engine import read as engine_read
 from thriftune.engine.attention import ReferenceAttention
-from thriftune.engine.choose import refuse_fp8, why_not_here
+from thriftune.engine.choose import why_not_here
 from thriftune.engine.packing import pack
 from thriftune.engine.program import Program
 from thriftune.engine.read import read_program
 from thriftune.engine.sizes import Keep
+from thriftune.engine.takes import refuse_fp8
 from thriftune.errors import InputError
 from thriftune.kernels import fp8
 from thriftune.measure import random_model

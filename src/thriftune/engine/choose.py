@@ -20,7 +20,6 @@ from thriftune.engine.streamed_path import StreamedPath, streamed_path
 from thriftune.engine.takes import why_not_fp8, why_not_heads, why_not_method
 from thriftune.engine.trust import why_not_trusted
 from thriftune.engine.warm import Warming, start_warming
-from thriftune.errors import InputError
 from thriftune.kernels.launch import has_triton
 from thriftune.recipe import Recipe
 
@@ -44,16 +43,6 @@ def why_not_here(model: nn.Module, recipe: Recipe, device: torch.device) -> str 
     if recipe.precision == "fp8":
         return _why_not_fp8_here(model, device)
     return None
-
-
-def refuse_fp8(recipe: Recipe, reason: str) -> None:
-    """Raise InputError when a run that the engine does not take, for this reason, asks for 8-bit products."""
-    if recipe.precision == "fp8":
-        raise InputError(
-            given=f"precision=fp8, which only the engine has, and it does not take this run: {reason}",
-            allowed="precision=fp8 where the engine runs on a GPU with products in 8-bit floats; auto everywhere",
-            do="use precision=auto, or change what stands in the way",
-        )
 
 
 def _why_not_fp8_here(model: nn.Module, device: torch.device) -> str | None:

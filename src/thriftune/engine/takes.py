@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from thriftune.engine.sizes import FP8_MULTIPLE
+from thriftune.errors import InputError
 from thriftune.recipe import LoraRecipe, Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -69,3 +70,13 @@ def why_not_adapter(lora: LoraRecipe, biases: bool) -> str | None:
     if (biases and lora.bias != "none") or lora.modules_to_save or lora.options.get("trainable_token_indices"):
         return "more than the adapter is trained"
     return None
+
+
+def refuse_fp8(recipe: Recipe, reason: str) -> None:
+    """Raise InputError when a run that the engine does not take, for this reason, asks for 8-bit products."""
+    if recipe.precision == "fp8":
+        raise InputError(
+            given=f"precision=fp8, which only the engine has, and it does not take this run: {reason}",
+            allowed="precision=fp8 where the engine runs on a GPU with products in 8-bit floats; auto everywhere",
+            do="use precision=auto, or change what stands in the way",
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 from thriftune.catalog.rows import Gpu
 from thriftune.engine.sizes import Choice, Keep
+from thriftune.engine.takes import refuse_fp8
 from thriftune.plan.adapter import Adapter, adapter_of
 from thriftune.plan.engine import engine_case, engine_choice, least_choice, why_not_engine
 from thriftune.plan.engine_memory import engine_memory
@@ -69,6 +70,12 @@ class Case:
     def engine_reason(self, method: str, device: Device, adapter: Adapter) -> str | None:
         """Why such a run does not go through the engine; None when it does."""
         return device.no_engine or why_not_engine(self.shape, self.recipe, method, adapter, device.gpu)
+
+    def check_precision(self, method: str, device: Device) -> None:
+        """Raise InputError when the recipe asks for 8-bit products and the engine does not take such a run."""
+        reason = self.engine_reason(method, device, adapter_of(self.shape, self.recipe.lora, method))
+        if reason is not None:
+            refuse_fp8(self.recipe, reason)
 
     @property
     def freed(self) -> Case:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from thriftune.errors import DoesNotFitError, InputError
 from thriftune.model_files import read_config
-from thriftune.plan.adapter import adapter_of
 from thriftune.plan.memory import OPTIMIZERS
 from thriftune.plan.plan import KNOWN_METHODS, METHODS, Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device
@@ -80,13 +79,7 @@ def plan_run(recipe: Recipe, rows: Rows, folder: Path, device: Device, force: bo
     by_name = {planned.method: planned for planned in found.methods}
     name = found.recommended.method
     chosen = by_name[name] if name else min(found.methods, key=lambda planned: planned.peak_bytes)
-    reason = case.engine_reason(chosen.method, device, adapter_of(shape, recipe.lora, chosen.method))
-    if recipe.precision == "fp8" and reason is not None:
-        raise InputError(
-            given=f"precision=fp8, which only the engine has, and it does not take this run: {reason}",
-            allowed="precision=fp8 where the engine runs on a GPU with products in 8-bit floats; auto everywhere",
-            do="use precision=auto, or change what stands in the way",
-        )
+    case.check_precision(chosen.method, device)
     if not chosen.fits and not force and (device.gpu is not None or chosen.memory["weights"] > machine_memory()[1]):
         others = [plan_method(case, method, device, market) for method in METHODS if method not in by_name]
         raise _does_not_fit(recipe, found, chosen, [planned for planned in others if planned.fits])
