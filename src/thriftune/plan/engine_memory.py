@@ -9,7 +9,7 @@ from __future__ import annotations
 from thriftune.engine.sizes import Choice, Keep, LayerSizes, ProgramSizes, gradient_rows, kept_bytes, working_bytes
 from thriftune.engine.takes import DOWN, GATE_UP, OUT, QKV
 from thriftune.plan.engine import EngineCase
-from thriftune.plan.memory import FRAGMENTS_FIXED, WIDE, optimizer_states, outside
+from thriftune.plan.memory import FRAGMENTS_FIXED, WIDE, in_all, optimizer_states, outside
 from thriftune.plan.values import PARTS, Memory, Packed
 
 # What the allocator has taken and cannot use at the peak, as shares of what a layer's backward pass works with: always,
@@ -31,17 +31,9 @@ def engine_memory(case: EngineCase, choice: Choice, packed: Packed) -> Memory:
     parts["workspace"] += choice.held * sizes.unpacked_bytes
     if case.gpu is None:
         parts["workspace"] += float(SCORES * WIDE * sizes.layers[0][0].heads * packed.longest**2)
-    allocated = sum(parts.values())
     share = FRAGMENTS + (FRAGMENTS_VARIED if packed.varied else 0.0)
     fragments = FRAGMENTS_FIXED + share * choice.most_tokens * sizes.working_bytes(Keep.ALL)
-    parts["workspace"] += fragments
-    parts["optimizer"] += paged
-    parts["runtime"] = float(runtime)
-    return Memory(
-        parts={name: round(size) for name, size in parts.items()},
-        allocated_bytes=round(allocated),
-        reserved_bytes=round(allocated + fragments),
-    )
+    return in_all(parts, fragments, paged, runtime)
 
 
 def _moments(case: EngineCase, choice: Choice, packed: Packed) -> list[dict[str, float]]:

@@ -88,13 +88,20 @@ def memory_of(shape: ModelShape, adapter: Adapter, setup: Setup, work: Work, gpu
     for part, size in peak.items():
         parts[part] += size
     parts["workspace"] += cublas_workspace
+    return in_all(parts, _fragmentation(shape, adapter, setup, work), paged, runtime)
+
+
+def in_all(parts: dict[str, float], fragments: float, paged: float, runtime: int) -> Memory:
+    """Of the `parts` that tensors hold at the peak: with what the allocator cannot use beside them, the optimizer's
+    paged states and what lies outside the allocator. Bytes."""
     allocated = sum(parts.values())
-    fragments = _fragmentation(shape, adapter, setup, work)
-    parts["workspace"] += fragments
-    parts["optimizer"] += paged
-    parts["runtime"] = float(runtime)
+    whole = parts | {
+        "workspace": parts["workspace"] + fragments,
+        "optimizer": parts["optimizer"] + paged,
+        "runtime": float(runtime),
+    }
     return Memory(
-        parts={name: round(size) for name, size in parts.items()},
+        parts={name: round(size) for name, size in whole.items()},
         allocated_bytes=round(allocated),
         reserved_bytes=round(allocated + fragments),
     )

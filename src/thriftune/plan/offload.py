@@ -26,7 +26,7 @@ from thriftune.engine.sizes import Choice, Keep, later_bytes
 from thriftune.plan.engine import EngineCase
 from thriftune.plan.engine_memory import gradient_bytes
 from thriftune.plan.engine_time import engine_amounts, engine_efficiency_of, engine_time
-from thriftune.plan.memory import NF4_BYTES, optimizer_states, outside
+from thriftune.plan.memory import NF4_BYTES, in_all, optimizer_states, outside
 from thriftune.plan.values import PARTS, LimitedBy, Memory, Time, Work
 from thriftune.recipe import Recipe
 from thriftune.units import format_bytes
@@ -123,15 +123,7 @@ def _memory(case: EngineCase, chosen: Offload, demand: Demand) -> Memory:
         "activations": float(step - SLOTS * demand.slab_bytes - demand.later_bytes),
         "workspace": cublas_workspace + case.resident.unpacked,
     }
-    allocated = sum(parts.values())
-    parts["workspace"] += fragments
-    parts["optimizer"] += paged
-    parts["runtime"] = float(runtime)
-    return Memory(
-        parts={name: round(size) for name, size in parts.items()},
-        allocated_bytes=round(allocated),
-        reserved_bytes=round(allocated + fragments),
-    )
+    return in_all(parts, fragments, paged, runtime)
 
 
 def _time(case: EngineCase, chosen: Offload, demand: Demand, work: Work, gpu: Gpu) -> tuple[Time, int]:
