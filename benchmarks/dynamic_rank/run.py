@@ -29,6 +29,9 @@ from typing import Any
 
 from thriftune.report.statistics import over_rows_and_seeds
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from seats import seat
+
 TRAINED = ("lora", "lora-half", "dynamic", "adalora", "random")
 ARMS = (*TRAINED, "shrunk")
 TASKS = ("imdb", "gsm8k")
@@ -59,7 +62,7 @@ class Pool:
             "OMP_NUM_THREADS": "2" if self.gpus else "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": str(gpu) if self.gpus else "",
+            "CUDA_VISIBLE_DEVICES": seat(gpu, self.gpus) if self.gpus else "",
         }
         command = [sys.executable, str(Path(__file__).with_name("cell.py")), json.dumps(spec), str(self.settings)]
         with (self.logs / f"{'-'.join(map(str, key))}.log").open("wb") as log:

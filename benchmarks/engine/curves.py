@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from seats import seat
+
 WORDS = [
     *("max_length=512", "cut_prompt=start", "num_train_epochs=1", "per_device_train_batch_size=32"),
     *("gradient_accumulation_steps=1", "learning_rate=1e-3", "warmup_ratio=0.05", "lr_scheduler_type=linear"),
@@ -59,7 +62,7 @@ def main() -> None:
     while (waiting or running) and time.monotonic() < ends:
         while waiting and len(running) < arguments.at_once:
             cell = waiting.pop(0)
-            running[cell] = start(*cell, started % max(1, arguments.gpus), arguments)
+            running[cell] = start(*cell, started, arguments)
             started += 1
         time.sleep(0.5)
         for cell, process in list(running.items()):
@@ -82,7 +85,7 @@ def record_of(variant: str, seed: int, results: Path) -> Path:
     return results / f"{variant.replace(', ', '-')}-seed{seed}.json"
 
 
-def start(variant: str, seed: int, gpu: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
+def start(variant: str, seed: int, place: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
     """Train, then score, in one shell; what they print goes to a log beside the run's folder."""
     folder = folder_of(variant, seed, arguments.output)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def start(variant: str, seed: int, gpu: int, arguments: argparse.Namespace) -> s
     score = f"{program} eval {folder} --task imdb --data {arguments.data} --limit {limit} --json > {folder}.score.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if arguments.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = seat(place, arguments.gpus)
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(["bash", "-c", f"{train} && {score}"], stdout=log, stderr=log, env=environment)
 

@@ -28,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from seats import seat
+
 SITES = 8
 COMMON = [
     *("max_length=512", "cut_prompt=start", "logging_steps=100", "save_strategy=no", "warmup_ratio=0.05"),
@@ -105,7 +108,7 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace) -> list[str]:
             with (arguments.output / f"{cell.name}.log").open("wb") as log:
                 environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
                 if arguments.gpus:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(place % arguments.gpus)
+                    environment["CUDA_VISIBLE_DEVICES"] = seat(place, arguments.gpus)
                 running[cell] = subprocess.Popen(
                     ["bash", "-c", command_of(cell, arguments)], stdout=log, stderr=log, env=environment
                 )

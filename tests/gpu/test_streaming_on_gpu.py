@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from thriftune.engine import host_memory
 from thriftune.engine.host_memory import pinned_block
 from thriftune.engine.lanes import CudaLane
+from thriftune.errors import DoesNotFitError
 from thriftune.recipe import read_recipe
 from thriftune.run_path import OUTSIDE_BYTES, hold_memory
 from tiny import losses_of, record_of, tiny_model, tiny_recipe, tiny_rows, train_tiny
@@ -47,6 +49,21 @@ def test_a_block_is_pinned_and_a_copy_from_it_runs_beside_computation() -> None:
     lane.wait(arrival)
     times = lane.times()
     assert torch.equal(place.cpu(), block.bytes) and times.bytes == block.bytes.numel() and times.copy_s > 0
+    block.release()
+
+
+def test_a_block_that_nobody_released_does_not_stand_in_the_way_of_the_next() -> None:
+    """The system gives the same address again, and the driver must have forgotten what lay there."""
+    addresses = {pinned_block(16 * MIB, GPU, "a block").bytes.data_ptr() for _ in range(20)}
+    assert len(addresses) < 20
+
+
+def test_a_refused_block_leaves_no_error_for_what_comes_next(monkeypatch) -> None:
+    block = pinned_block(MIB, GPU, "a block")
+    monkeypatch.setattr(host_memory, "_Pages", lambda *_, **__: block._pages)  # the same pages twice: refused
+    with pytest.raises(DoesNotFitError, match="cudaHostRegister answered error"):
+        pinned_block(MIB, GPU, "the same block")
+    assert float(torch.ones(8, device=GPU).sum()) == 8
     block.release()
 
 

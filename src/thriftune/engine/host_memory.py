@@ -26,18 +26,34 @@ CGROUPS = (
 )
 
 
+class _Pages(mmap.mmap):
+    """Pages which the driver forgets before the system gets them back. Where it did not, whatever is mapped at the same
+    address later would be refused as registered already. A tensor over the pages keeps them."""
+
+    registered: tuple[int, torch.device] | None = None
+
+    def forget(self) -> None:
+        if self.registered is not None:
+            address, device = self.registered
+            self.registered = None
+            torch.cuda.synchronize(device)  # a copy may still read them
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+    def __del__(self) -> None:
+        with suppress(RuntimeError):  # of a device that has failed, or at the end of the process
+            self.forget()
+
+
 @dataclass
 class PinnedBlock:
-    """`bytes` is a tensor over the block; it must not be used after `release`."""
+    """`bytes` is a tensor over the block; it must not be used after `release`. One that nobody holds is released."""
 
     bytes: Tensor
     device: torch.device
-    _pages: mmap.mmap
+    _pages: _Pages
 
     def release(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+        self._pages.forget()
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
 
@@ -90,7 +106,7 @@ def pinned_block(size: int, device: torch.device, what: str) -> PinnedBlock:
     Whether there is room is asked before, by `check_host_memory`. Raises DoesNotFitError when the driver refuses.
     """
     try:
-        pages = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = _Pages(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise _refused(size, what, error.strerror or str(error)) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -98,9 +114,12 @@ def pinned_block(size: int, device: torch.device, what: str) -> PinnedBlock:
             pages.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(pages, dtype=torch.uint8)[:size]
     if device.type == "cuda":
-        code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)
-        if int(code) != 0:
-            raise _refused(size, what, f"cudaHostRegister answered {code}")
+        code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0))
+        if code != 0:
+            with suppress(RuntimeError):  # the driver keeps its error until a launch asks for it
+                torch.zeros(1, device=device)
+            raise _refused(size, what, f"cudaHostRegister answered error {code}")
+        pages.registered = block.data_ptr(), device
     return PinnedBlock(block, device, pages)
 
 
