@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from thriftune.catalog.rows import Gpu
 from thriftune.engine.sizes import Choice, Keep
-from thriftune.plan.adapter import adapter_of
 from thriftune.plan.advise import (
     Prefer,
     few_rows_warning,
@@ -78,7 +77,7 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     by_name = {plan.method: plan for plan in planned}
     paged = None
     if device.gpu is not None and "qlora" in by_name:
-        no_engine = case.engine_reason("qlora", device, adapter_of(case.shape, case.recipe.lora, "qlora"))
+        no_engine = case.engine_reason("qlora", device)
         paged = paged_optimizer_note(by_name["qlora"], device.gpu, no_engine)
     if chosen is None:
         closest = min(planned, key=lambda plan: plan.peak_bytes)
@@ -115,7 +114,7 @@ def _in_fp8(question: Question, device: Device, market: Market) -> list[PlannedM
     if device.gpu is None or question.stopwatch is not None:
         return []
     eight = replace(case, recipe=case.recipe.model_copy(update={"precision": "fp8"}))
-    if eight.engine_reason("lora", device, adapter_of(case.shape, case.recipe.lora, "lora")) is not None:
+    if eight.engine_reason("lora", device) is not None:
         return []
     return [plan_method(eight, "lora", device, market).model_copy(update={"method": FP8_LORA})]
 
@@ -150,9 +149,9 @@ def plan_method(
     case: Case, method: str, device: Device, market: Market, stopwatch: Stopwatch | None = None
 ) -> PlannedMethod:
     """One method with the best settings that the recipe leaves open; the smallest ones when nothing fits."""
-    adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
-    reason = case.engine_reason(method, device, adapter)
-    chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
+    adapter = case.adapter(method)
+    reason = case.engine_reason(method, device)
+    chosen = choose(candidates(case, method, device), device.usable_bytes)
     refused = case.recipe.precision == "fp8" and method != "full" and reason is not None
     fits = not refused and chosen.memory.peak_bytes <= device.usable_bytes
     time, work = chosen.time, chosen.work

@@ -24,7 +24,9 @@ SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, defer_build=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings"
+    )
 
 
 class Lengths(Record):
