@@ -88,6 +88,22 @@ def test_an_offer_of_several_gpus_is_paid_whole(tmp_path: Path) -> None:
     assert value(report, "rent_measured", "lora").mean == pytest.approx(0.8)
 
 
+def test_another_gpus_price_may_count_and_what_is_old_or_elsewhere_is_said(tmp_path: Path) -> None:
+    """A spot price is no price to count on; a chosen GPU's rent is of times that another one took, which is told."""
+    other = replace(PRICE, gpu="a100-80gb", usd_per_hour=1.8, date=date(2026, 4, 1))
+    spot = replace(PRICE, kind="spot", usd_per_hour=0.1)
+    market = replace(MARKET, prices=[PRICE, spot, other])
+    own = report_of(tmp_path, [Made("lora", 1, train_s=100.0)], market=market)
+    chosen = report_of(tmp_path, [Made("lora", 1, train_s=100.0)], market=market, gpu="A100 80GB")
+    assert value(own, "rent_measured", "lora").mean == pytest.approx(0.1)
+    assert value(chosen, "rent_measured", "lora").mean == pytest.approx(0.05)
+    notes = [next(row.note for row in found.table if row.key == "rent_measured") for found in (own, chosen)]
+    assert "days ago" not in notes[0] and "times are of" not in notes[0]
+    assert "seen 2026-04-01, more than 180 days ago" in notes[1] and "times are of NVIDIA H200" in notes[1]
+    with pytest.raises(InputError, match="rtx-4090"):
+        report_of(tmp_path, [Made("lora", 1)], market=market, gpu="rtx-4091")
+
+
 def test_what_is_missing_is_a_dash_with_its_reason_and_never_zero(tmp_path: Path) -> None:
     cells = [Made("base", gpu=None, general=None), Made("lora", 1, gpu=None, planned=False)]
     report = report_of(tmp_path, cells)

@@ -54,9 +54,9 @@ def find_rent(name: str | None, market: Market) -> Rent | None:
         if local is None:
             return None
         gpu = local
-    offers = [price for price in market.prices_of(gpu) if price.kind == "on-demand"]
-    if offers:
-        return Rent(gpu, min(offers, key=lambda price: price.usd_per_hour * price.min_gpus))
+    offer = market.usual_offer(gpu)
+    if offer is not None:
+        return Rent(gpu, offer)
     if name is None:
         return None
     raise InputError(

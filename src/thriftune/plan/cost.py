@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from thriftune.catalog.prices import ElectricityPrice
-from thriftune.catalog.rows import Gpu, Price
+from thriftune.catalog.rows import STALE_AFTER_DAYS, Gpu, Price
 
 ELECTRICITY = "electricity at home"
 # The mean draw of a GPU that trains, as a share of its power limit. Our own runs on an H200 (700 W) drew 34 % (batches
@@ -30,6 +30,11 @@ class Market:
         """This GPU's rows, cheapest first."""
         found = [price for price in self.prices if price.gpu == gpu.key]
         return sorted(found, key=lambda price: (price.usd_per_hour, price.provider, price.kind))
+
+    def usual_offer(self, gpu: Gpu) -> Price | None:
+        """The on-demand offer whose smallest unit costs least an hour; None where nobody rents the GPU on demand."""
+        offers = [price for price in self.prices_of(gpu) if price.kind == "on-demand"]
+        return min(offers, key=lambda price: price.usd_per_hour * price.min_gpus, default=None)
 
 
 def run_dollars(
@@ -59,7 +64,7 @@ def price_notes(prices: Sequence[Price], count: int, today: date) -> list[str]:
     stale = [price for price in prices if price.is_stale(today)]
     if stale:
         listed = ", ".join(f"{place_of(price)} ({price.date})" for price in stale)
-        notes.append(f"prices seen more than 180 days ago, check them: {listed}")
+        notes.append(f"prices seen more than {STALE_AFTER_DAYS} days ago, check them: {listed}")
     whole = [price for price in prices if price.min_gpus > count]
     if whole:
         listed = ", ".join(f"{place_of(price)} ({price.min_gpus} GPUs)" for price in whole)
