@@ -175,23 +175,22 @@ def few_rows_warning(rows: int, known: bool) -> str | None:
     )
 
 
-def paged_optimizer_note(qlora: PlannedMethod, gpu: Gpu, no_engine: str | None) -> str | None:
+def paged_optimizer_note(qlora: PlannedMethod, whole_bytes: float, gpu: Gpu, no_engine: str | None) -> str | None:
     """A 70B does not fit on 24 GB: 'paged' optimizers page optimizer states (Dettmers et al. 2023, section 3), which an
-    adapter hardly has; the 35 GB of 4-bit weights stay. Streaming layers from the host does help; it is planned unless
-    the recipe or the number of GPUs forbids it, or the engine, which does it, does not take the run: `no_engine` says
-    why."""
-    if qlora.fits or qlora.memory["weights"] <= 0.95 * qlora.usable_bytes:
+    adapter hardly has; the `whole_bytes` of 4-bit weights stay. Streaming layers from the host does help; it is planned
+    unless the recipe or the number of GPUs forbids it, or the engine, which does it, does not take the run: `no_engine`
+    says why."""
+    streamed = "layers_streamed" in qlora.settings
+    if whole_bytes <= 0.95 * qlora.usable_bytes or (qlora.fits and not streamed):
         return None
     small = " on a card of 24 GB or less" if gpu.memory_bytes <= SMALL_CARD_BYTES else ""
     if no_engine is not None:
         way = f", for which the engine is needed, and it does not take this run: {no_engine}"
-    elif "layers_streamed" in qlora.settings:
-        way = ", and is in this plan already"
     else:
-        way = ", on one GPU: offload=auto"
+        way = ", and is in this plan already" if streamed else ", on one GPU: offload=auto"
     return (
-        f"qlora's weights alone take {format_bytes(qlora.memory['weights'])} of {format_bytes(qlora.usable_bytes)}. "
-        f"A paged optimizer does not help{small}: it pages optimizer states, not weights. Streaming layers from the "
+        f"qlora's weights alone take {format_bytes(whole_bytes)}; {format_bytes(qlora.usable_bytes)} are usable. A "
+        f"paged optimizer does not help{small}: it pages optimizer states, not weights. Streaming layers from the "
         f"computer's memory is what helps{way}"
     )
 

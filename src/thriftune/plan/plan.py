@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from thriftune.catalog.rows import Gpu
@@ -18,6 +18,7 @@ from thriftune.plan.advise import (
 )
 from thriftune.plan.command import PINNED, train_command
 from thriftune.plan.cost import Market, price_notes, run_dollars
+from thriftune.plan.memory import setup_of, weight_bytes
 from thriftune.plan.search import (
     Candidate,
     Case,
@@ -26,10 +27,11 @@ from thriftune.plan.search import (
     candidates,
     choose,
     longest_that_fits,
+    may_stream,
     smallest_gpu,
 )
 from thriftune.plan.time import efficiency_of
-from thriftune.plan.values import FP8_LORA, Work
+from thriftune.plan.values import FP8_LORA, OFFLOADED, Work
 from thriftune.recipe import cut_schedule
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
 from thriftune.units import format_bytes
@@ -77,8 +79,9 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     by_name = {plan.method: plan for plan in planned}
     paged = None
     if device.gpu is not None and "qlora" in by_name:
+        whole_bytes = weight_bytes(case.shape, setup_of(case.recipe, "qlora", False, True))
         no_engine = case.engine_reason("qlora", device)
-        paged = paged_optimizer_note(by_name["qlora"], device.gpu, no_engine)
+        paged = paged_optimizer_note(by_name["qlora"], whole_bytes, device.gpu, no_engine)
     if chosen is None:
         closest = min(planned, key=lambda plan: plan.peak_bytes)
         reasons += [f"{closest.method} {note}" for note in closest.notes]
@@ -99,24 +102,33 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     return GpuPlan(
         gpu=device.gpu.key if device.gpu else "cpu",
         gpus=device.count,
-        methods=[*planned, *_in_fp8(question, device, market)],
+        methods=[*planned, *_beside(question, by_name, device, market)],
         recommended=Recommendation(method=chosen.method if chosen else None, reasons=reasons, command=command),
         notes=[note for note in notes if note],
     )
 
 
-def _in_fp8(question: Question, device: Device, market: Market) -> list[PlannedMethod]:
-    """LoRA with the base's products in 8-bit floats, as one more line where it could be had: it is never recommended,
-    because what it costs in accuracy is for the user to weigh."""
+def _beside(
+    question: Question, planned: Mapping[str, PlannedMethod], device: Device, market: Market
+) -> list[PlannedMethod]:
+    """Further ways to train, a line each where they could be had and no methods were named. They are never recommended,
+    because what they cost is for the user to weigh: 8-bit products and a rank that falls some accuracy, streaming of
+    layers that would fit the computer's memory."""
     case = question.case
     if tuple(question.methods) != METHODS or case.recipe.precision != "auto":
         return []
     if device.gpu is None or question.stopwatch is not None:
         return []
+    found = []
     eight = replace(case, recipe=case.recipe.model_copy(update={"precision": "fp8"}))
-    if eight.engine_reason("lora", device) is not None:
-        return []
-    return [plan_method(eight, "lora", device, market).model_copy(update={"method": FP8_LORA})]
+    if eight.engine_reason("lora", device) is None:
+        found.append(plan_method(eight, "lora", device, market).model_copy(update={"method": FP8_LORA}))
+    found.append(plan_method(case, "dynamic", device, market))
+    if case.engine_reason("qlora", device) is None and "layers_streamed" not in planned["qlora"].settings:
+        away = replace(case, recipe=case.recipe.model_copy(update={"offload": {"resident_layers": 0}}))
+        if may_stream(away.recipe, "qlora", device):
+            found.append(plan_method(away, "qlora", device, market).model_copy(update={"method": OFFLOADED}))
+    return [plan.model_copy(update={"beside": True}) for plan in found]
 
 
 def _notes_of_times(

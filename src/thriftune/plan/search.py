@@ -190,7 +190,7 @@ def _engine_candidates(case: Case, method: str, device: Device, optimizers: Sequ
     """One for each optimizer. Layers are streamed where the recipe says how many stay; else where they do not fit, and
     where they do only with steps cut into so small parts that streaming is clearly faster."""
     ways = [_engine_candidate(case, method, device, name) for name in optimizers]
-    if _may_stream(case.recipe, method, device):
+    if may_stream(case.recipe, method, device):
         others = [_streamed_candidate(case, method, device, name) for name in optimizers]
         if case.recipe.resident_layers is not None:
             ways = others
@@ -237,7 +237,7 @@ def _streamed_candidate(case: Case, method: str, device: Device, optimizer: str)
     )
 
 
-def _may_stream(recipe: Recipe, method: str, device: Device) -> bool:
+def may_stream(recipe: Recipe, method: str, device: Device) -> bool:
     """On one GPU, with layers that keep their input alone; where memory is not counted, only if the recipe asks."""
     if method != "qlora" or recipe.offload == "off" or recipe.train.gradient_checkpointing == "off" or device.count > 1:
         return False
