@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from datetime import date
@@ -357,6 +358,18 @@ def test_nothing_that_does_not_fit_is_recommended(prefer):
     assert chosen is None and "no planned method fits" in reasons
     assert advise.recommend([FULL, LORA, planned("qlora", 25)], prefer)[0] is LORA
     assert advise.recommend([FULL, planned("lora", 30), QLORA], prefer)[0] is QLORA
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(advise.lora_when_its_base_fits, advise.qlora_when_lora_does_not_fit, advise.is_slower_and_bigger),
+        *(advise.faster_adapter, advise.full_for_the_last_points, advise.full_does_not_fit, advise.few_rows_warning),
+        *(advise.paged_optimizer_note, advise.several_gpus_note, advise.sharded_full_note),
+    ],
+)
+def test_every_rule_cites_why(rule):
+    assert re.search(r"[A-Z]\w+ et al\. 20\d\d|litgpt's table \(A10G\)", rule.__doc__), rule.__name__
 
 
 def test_few_rows_warn_of_learning_by_heart():
