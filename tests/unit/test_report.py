@@ -14,6 +14,7 @@ from thriftune.catalog.gpus import built_in_gpus
 from thriftune.catalog.prices import ElectricityPrice
 from thriftune.catalog.rows import Price
 from thriftune.errors import InputError
+from thriftune.evaluate.intervals import Z_95, wilson
 from thriftune.plan.cost import Market
 from thriftune.records import RankCut, ReportRecord, ReportValue, read_record
 from thriftune.report import build_report, read_cells, report_text, write_report
@@ -364,6 +365,13 @@ def test_the_three_files_say_the_same(tmp_path: Path) -> None:
         assert row.label in page and row.label in markdown
         for found in row.values:
             assert found.text == "-" or (found.text in page and found.text in markdown.replace("\\", ""))
+    for cell in report.cells:
+        assert cell.value is not None
+        low, high = wilson(round(cell.value * 600), 600, Z_95)
+        words = f"{cell.name}: {100 * cell.value:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
+        assert words in page, "each cell has Wilson's interval of its own"
+        assert cell.variant == "base" or words in markdown
+    assert "140 GiB" in page and "150000000000" not in page
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
