@@ -367,7 +367,7 @@ def test_what_peft_would_train_with_drawn_ranks_and_names(number: int) -> None:
         try:
             counted = lora_parameters(shape, rank, chosen)
         except InputError:  # one of two linears that lie in one tensor
-            with pytest.raises(ValueError, match="up_proj|gate_proj|w1|w3"):
+            with pytest.raises(ValueError, match=r"up_proj|gate_proj|w1|w3"):
                 trained_by_peft(copy.deepcopy(model), r=rank, target_modules=chosen)
             continue
         assert counted == trained_by_peft(copy.deepcopy(model), r=rank, target_modules=chosen), (rank, chosen)

@@ -27,7 +27,7 @@ from thriftune.planning import list_gpus, read_market
 from thriftune.recipe import Recipe, read_recipe
 from thriftune.records import PlannedMethod
 from thriftune.shapes import from_config
-from thriftune.units import GIB
+from thriftune.units import GIB, format_seconds
 
 GPUS = built_in_gpus()
 TODAY = date(2026, 11, 24)
@@ -365,7 +365,7 @@ def test_nothing_that_does_not_fit_is_recommended(prefer):
     [
         *(advise.lora_when_its_base_fits, advise.qlora_when_lora_does_not_fit, advise.is_slower_and_bigger),
         *(advise.faster_adapter, advise.full_for_the_last_points, advise.full_does_not_fit, advise.few_rows_warning),
-        *(advise.paged_optimizer_note, advise.several_gpus_note, advise.sharded_full_note),
+        *(advise.paged_optimizer_note, advise.several_gpus_note, advise.more_gpus_note, advise.sharded_full_note),
     ],
 )
 def test_every_rule_cites_why(rule):
@@ -424,8 +424,21 @@ def test_several_gpus_hold_a_whole_model_each():
     assert "GiB on each of 2" in text
     assert found.recommended.command.startswith("torchrun --nproc-per-node 2 -m thriftune train ")
     alone = plan_of(case_of(), on("a100-80gb")).gpus[0]
-    assert "each holds" not in " ".join(alone.notes)
+    assert "make a run faster, not smaller" in text and "not smaller" not in " ".join(alone.notes)
     assert found.methods[1].tokens_per_s > 1.5 * alone.methods[1].tokens_per_s
+
+
+def test_several_gpus_are_considered_where_one_was_asked_about():
+    alone, eight = (plan_of(case_of(), on("a100-80gb", count), prices=[price("a100-80gb")]).gpus[0] for count in (1, 8))
+    (told,) = [note for note in alone.notes if note.startswith("of several such GPUs")]
+    lora = eight.methods[1]
+    assert f"8 take {format_seconds(lora.run_s)} and ${lora.cost_usd['at 0.5 on-demand']:.2g}" in told
+    assert lora.run_s < 0.3 * alone.methods[1].run_s
+    assert not any("of several" in note for note in eight.notes)
+    streamed = plan_of(case_of(shape=LLAMA_70B), on()).gpus[0]
+    assert streamed.recommended.method == "qlora" and not any("of several" in note for note in streamed.notes), (
+        "layers are streamed to one GPU"
+    )
 
 
 def test_stacked_experts_stay_in_16_bits():

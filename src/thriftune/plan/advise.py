@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from thriftune.catalog.rows import Gpu
 from thriftune.plan.cost import cheapest
 from thriftune.records import PlannedMethod
 from thriftune.shapes import ModelShape
-from thriftune.units import format_bytes, format_count
+from thriftune.units import format_bytes, format_count, format_seconds
 
 Prefer = Literal["balanced", "speed", "memory", "quality", "cost"]
 PREFERENCES: tuple[Prefer, ...] = ("balanced", "speed", "memory", "quality", "cost")
@@ -205,6 +205,23 @@ def several_gpus_note(count: int, planned: Sequence[PlannedMethod]) -> str | Non
         f"{count} GPUs take steps of {count} times the rows, and each holds the whole model (up to "
         f"{format_bytes(most)} here): more GPUs make a run faster, not smaller. Lower gradient_accumulation_steps to "
         "keep a step's rows"
+    )
+
+
+def more_gpus_note(several: Mapping[int, PlannedMethod]) -> str | None:
+    """What data parallel over more of the same GPU would do to the run, by how many there are (Li et al. 2020): sooner
+    done, at about the price of one, as long as the exchange of gradients is short beside a step."""
+    told = [
+        f"{count} take {format_seconds(plan.run_s)}" + (f" and ${rent[1]:.2g}" if rent else "")
+        for count, plan in several.items()
+        if plan.fits and plan.step_s
+        for rent in (cheapest(plan.cost_usd),)
+    ]
+    if not told:
+        return None
+    return (
+        f"of several such GPUs, {', '.join(told)}: each holds the whole model, and a step has as many times the rows "
+        "(--gpus plans them)"
     )
 
 

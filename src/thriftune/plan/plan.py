@@ -10,6 +10,7 @@ from thriftune.engine.sizes import Choice, Keep
 from thriftune.plan.advise import (
     Prefer,
     few_rows_warning,
+    more_gpus_note,
     paged_optimizer_note,
     recommend,
     several_gpus_note,
@@ -38,6 +39,7 @@ from thriftune.units import format_bytes
 
 METHODS = ("full", "lora", "qlora")  # that are planned when none is named
 KNOWN_METHODS = (*METHODS, "dynamic")
+MORE_GPUS = (2, 4, 8)  # considered where one was asked about
 NO_TIME = "not estimated"  # limited_by where there is no GPU
 NO_CPU_TIME = "time is not estimated for CPUs; `thriftune plan --measure` times a few layers on this one"
 
@@ -93,6 +95,7 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
         command = train_command(case.recipe, chosen, device.count, question.data_named)
     notes = [
         several_gpus_note(device.count, planned),
+        _on_more_gpus(question, device, chosen, market),
         sharded_full_note(by_name.get("full"), device.count) if device.gpu else None,
         stacked_experts_note(case.shape, question.methods),
         paged if chosen is not None else None,
@@ -106,6 +109,16 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
         recommended=Recommendation(method=chosen.method if chosen else None, reasons=reasons, command=command),
         notes=[note for note in notes if note],
     )
+
+
+def _on_more_gpus(question: Question, device: Device, chosen: PlannedMethod | None, market: Market) -> str | None:
+    """For one GPU on which the method that is taken fits."""
+    if chosen is None or device.gpu is None or device.gpu.unified_memory or device.count > 1 or question.stopwatch:
+        return None
+    several = {
+        count: plan_method(question.case, chosen.method, replace(device, count=count), market) for count in MORE_GPUS
+    }
+    return more_gpus_note(several)
 
 
 def _beside(
