@@ -18,8 +18,9 @@ from thriftune.evaluate.intervals import Z_95, wilson
 from thriftune.plan.cost import Market
 from thriftune.records import RankCut, ReportRecord, ReportValue, read_record
 from thriftune.report import build_report, read_cells, report_text, write_report
+from thriftune.report.bars import agreement_figure
 from thriftune.report.build import CURVE_POINTS, curve
-from thriftune.report.plots import front_of, looks, smoothed
+from thriftune.report.plots import cost_figures, front_of, looks, smoothed
 from thriftune.report.search import search_table
 from thriftune.report.svg import apart, ticks
 
@@ -412,6 +413,21 @@ def test_the_front_has_no_method_that_another_makes_needless(tmp_path: Path) -> 
     report = report_of(tmp_path, usual(rows=1000))
     spots = _spots(report, {row.key: row for row in report.table}, "peak_measured")
     assert front_of(report, spots) == {"lora", "qlora"}
+
+
+def test_letters_in_a_plot_are_explained_and_a_front_of_one_is_named(tmp_path: Path) -> None:
+    report = report_of(tmp_path / "usual", usual(rows=1000))
+    seen = agreement_figure(report, looks(report))
+    assert seen is not None and "A: " not in seen.caption and ">LoRA<" in seen.narrow
+    by_memory = cost_figures(report, looks(report))[0]
+    assert "The line joins what nothing else beats" in by_memory.caption and 'class="front"' in by_memory.wide
+    cells = [Made("lora", 1, variant=f"lora lora.r={rank}", peak_mib=100 * rank) for rank in range(1, 7)]
+    report = report_of(tmp_path / "six", cells)
+    seen = agreement_figure(report, looks(report))
+    assert seen is not None and "A: LoRA r=1, B: LoRA r=2, " in seen.caption and "F: LoRA r=6." in seen.caption
+    assert ">F<" in seen.wide and ">F<" in seen.narrow and "LoRA r=6" not in seen.wide.partition("</desc>")[2]
+    by_memory = cost_figures(report, looks(report))[0]
+    assert "Nothing else beats LoRA r=1: no other" in by_memory.caption and 'class="front"' not in by_memory.wide
 
 
 def test_every_variant_looks_different_without_colour(tmp_path: Path) -> None:

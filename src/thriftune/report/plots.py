@@ -209,9 +209,12 @@ def _cost_figure(
     metric = metric_as_shown(report)
     base = next((variant for variant in report.variants if variant.method == BASE), None)
     base_score = rows["score"].values[report.variants.index(base)].mean if base else None
+    joins = "The line joins what nothing else beats"
+    if len(front) < 2:
+        joins = f"Nothing else beats {' or '.join(looks_of[name].label for name in front)}"
     caption = (
-        "Bars are 95 % intervals, small dots single seeds. The line joins what nothing else beats: no other method "
-        "needs clearly less and is as good, by the tests below."
+        f"Bars are 95 % intervals, small dots single seeds. {joins}: no other method needs clearly less and is as "
+        "good, by the tests below."
     )
     caption += f" Rent: {rows[key].note}." if rows[key].unit == "USD" else ""
 
