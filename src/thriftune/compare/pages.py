@@ -22,7 +22,7 @@ def report_folders(folders: Sequence[Path], output: Path, notes: Sequence[str], 
     cells = read_cells(folders)
     searches = {str(folder): read_search(folder / "search") for folder in folders if has_search(folder)}
     search: dict[str, Any] | None = next(iter(searches.values())) if len(searches) == 1 else searches or None
-    said = [NOTE.format(share=f"{SHARE_OF_STEPS:.0%}")] if searches else []
+    said = [NOTE.format(share=f"{100 * SHARE_OF_STEPS:.0f} %")] if searches else []
     title = " and ".join(folder.resolve().name for folder in folders[:3]) + (" and more" if len(folders) > 3 else "")
     title = f"Comparison {title}"
     report = build_report(cells, title=title, market=read_market(), search=search, notes=[*said, *notes], gpu=gpu)
