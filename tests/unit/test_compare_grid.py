@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,9 @@ def test_dollars_are_those_of_the_named_gpu_and_refused_without_one():
     market = read_market()
     gpu = find_gpu("h200", {row.key: row for row in market.gpus})
     price = next(price for price in market.prices_of(gpu) if price.kind == "on-demand")
-    rent = Rent(gpu, price)
+    rent = Rent(gpu, price, price.date)
+    assert rent.words().endswith(f"seen {price.date}")
+    assert "more than 180 days ago" in Rent(gpu, price, price.date + timedelta(days=181)).words()
     assert rent.usd(rent.seconds(12.5)) == pytest.approx(12.5)
     assert limit_s(12.5, 1e9, rent) == pytest.approx(rent.seconds(12.5))
     assert limit_s(1e9, 0.5, rent) == 1800

@@ -268,12 +268,17 @@ def test_dollars_are_hours_times_the_price_and_watts_times_the_kwh():
 def test_old_and_whole_offers_and_no_offers_are_noted():
     old = price(day=date(2026, 5, 1))
     assert "prices seen more than 180 days ago, check them: at 0.5 on-demand (2026-05-01)" in price_notes(
-        [old], 1, TODAY
+        [old], FREE_POWER, 1, TODAY
     )
-    assert price_notes([price()], 1, TODAY) == []
-    assert "(8 GPUs)" in price_notes([price(least=8)], 2, TODAY)[0]
-    assert price_notes([price(least=8)], 8, TODAY) == []
-    assert "no provider" in price_notes([], 1, TODAY)[0]
+    assert price_notes([price()], FREE_POWER, 1, TODAY) == []
+    old_power = ElectricityPrice(0.187, "a page", date(2026, 4, 26))
+    assert (
+        price_notes([price()], old_power, 1, TODAY)[0].endswith("electricity at home, $0.187 a kWh (2026-04-26)")
+        and price_notes([price()], old_power, 1, date(2026, 5, 1)) == []
+    )
+    assert "(8 GPUs)" in price_notes([price(least=8)], FREE_POWER, 2, TODAY)[0]
+    assert price_notes([price(least=8)], FREE_POWER, 8, TODAY) == []
+    assert "no provider" in price_notes([], FREE_POWER, 1, TODAY)[0]
     assert any(
         "180 days" in note
         for note in make_plan(Question(case_of(), ("lora",), "balanced", True, ""), [on()], market(old)).gpus[0].notes

@@ -58,12 +58,20 @@ def place_of(price: Price) -> str:
     return f"{price.provider} {price.kind}"
 
 
-def price_notes(prices: Sequence[Price], count: int, today: date) -> list[str]:
+def seen_words(price: Price, today: date) -> str:
+    """'seen 2026-11-01', and for how long that is too long ago."""
+    old = f", more than {STALE_AFTER_DAYS} days ago: check it" if price.is_stale(today) else ""
+    return f"seen {price.date}{old}"
+
+
+def price_notes(prices: Sequence[Price], electricity: ElectricityPrice, count: int, today: date) -> list[str]:
     """What to know of these rows before believing a sum: those seen long ago, and those that rent out several GPUs."""
     notes = []
-    stale = [price for price in prices if price.is_stale(today)]
+    stale = [f"{place_of(price)} ({price.date})" for price in prices if price.is_stale(today)]
+    if electricity.date is not None and (today - electricity.date).days > STALE_AFTER_DAYS:
+        stale.append(f"{ELECTRICITY}, ${electricity.usd_per_kwh:g} a kWh ({electricity.date})")
     if stale:
-        listed = ", ".join(f"{place_of(price)} ({price.date})" for price in stale)
+        listed = ", ".join(stale)
         notes.append(f"prices seen more than {STALE_AFTER_DAYS} days ago, check them: {listed}")
     whole = [price for price in prices if price.min_gpus > count]
     if whole:

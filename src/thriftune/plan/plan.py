@@ -167,7 +167,7 @@ def _notes_of_gpu(device: Device, market: Market) -> list[str]:
     notes = []
     if gpu.unified_memory:
         notes.append("thriftune trains on CUDA GPUs and CPUs today; the numbers are what this GPU would need")
-    return [*notes, *price_notes(market.prices_of(gpu), device.count, market.today)]
+    return [*notes, *price_notes(market.prices_of(gpu), market.electricity, device.count, market.today)]
 
 
 def plan_method(

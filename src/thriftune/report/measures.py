@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from thriftune.catalog.gpus import find_gpu
-from thriftune.catalog.rows import STALE_AFTER_DAYS, Price
+from thriftune.catalog.rows import Price
 from thriftune.errors import InputError
-from thriftune.plan.cost import Market, place_of
+from thriftune.plan.cost import Market, place_of, seen_words
 from thriftune.plan.show import dollars
 from thriftune.records import PlannedMethod, ReportRow, ReportValue
 from thriftune.report.cells import BASE, Cell
@@ -76,9 +76,7 @@ def rent_of(cells: Sequence[Cell], market: Market, chosen: str | None) -> Rent:
     if offer is None:
         return Rent(None, f"the catalogue has no on-demand price of {gpu.key}")
     several = f" for {offer.min_gpus} GPUs, the fewest rented out" if offer.min_gpus > 1 else ""
-    seen = f"seen {offer.date}"
-    if offer.is_stale(market.today):
-        seen += f", more than {STALE_AFTER_DAYS} days ago: check it"
+    seen = seen_words(offer, market.today)
     elsewhere = f"; times are of {name}" if instead is not None and gpu.name != name else ""
     hourly = offer.usd_per_hour * offer.min_gpus
     return Rent(offer, "", f"{gpu.name} at {place_of(offer)}, ${hourly:.2f} an hour{several}, {seen}{elsewhere}")
