@@ -105,6 +105,8 @@ def test_options_of_train_and_methods_and_counts(run):
     assert [method["method"] for method in methods] == ["lora", "qlora"]
     assert methods[0]["trainable_parameters"] == 4 * 41_943_040
     assert methods[0]["settings"]["max_length"] == 8192
+    named = run("plan", "llama-3-8b", "--gpu", "h200", "--method", "full,lora,qlora", "--json").ok().json
+    assert [method["method"] for method in named["gpus"][0]["methods"]] == ["full", "lora", "qlora"]
     twice = run("plan", "llama-3-8b", "--gpu", "h200", "--method", "full", "--method", "lora", "--gpus", "2", "--json")
     assert [method["method"] for method in twice.ok().json["gpus"][0]["methods"]] == ["full", "lora"]
 

@@ -47,7 +47,7 @@ NO_CPU_TIME = "time is not estimated for CPUs; `thriftune plan --measure` times 
 @dataclass(frozen=True, slots=True)
 class Question:
     """A case and how its answer is wanted. `data_named`: the rows' lengths are of a person's data, not assumed. With a
-    `stopwatch` the times of what fits are its own instead of the table's."""
+    `stopwatch` the times of what fits are its own instead of the table's. `methods_named`: no others are wanted."""
 
     case: Case
     methods: Sequence[str]
@@ -56,6 +56,7 @@ class Question:
     model_source: str
     notes: tuple[str, ...] = ()
     stopwatch: Stopwatch | None = None
+    methods_named: bool = False
 
 
 def make_plan(question: Question, devices: Sequence[Device], market: Market) -> Plan:
@@ -128,7 +129,7 @@ def _beside(
     because what they cost is for the user to weigh: 8-bit products and a rank that falls some accuracy, streaming of
     layers that would fit the computer's memory."""
     case = question.case
-    if tuple(question.methods) != METHODS or case.recipe.precision != "auto":
+    if question.methods_named or tuple(question.methods) != METHODS or case.recipe.precision != "auto":
         return []
     if device.gpu is None or question.stopwatch is not None:
         return []
