@@ -20,7 +20,7 @@ from thriftune.records import RankCut, ReportRecord, ReportValue, read_record
 from thriftune.report import build_report, read_cells, report_text, write_report
 from thriftune.report.bars import agreement_figure
 from thriftune.report.build import CURVE_POINTS, curve
-from thriftune.report.plots import cost_figures, front_of, looks, smoothed
+from thriftune.report.plots import _spots, cost_figures, front_of, looks, smoothed
 from thriftune.report.search import search_table
 from thriftune.report.svg import apart, ticks
 
@@ -408,11 +408,17 @@ def test_smoothing_keeps_places_and_a_straight_line() -> None:
 
 
 def test_the_front_has_no_method_that_another_makes_needless(tmp_path: Path) -> None:
-    from thriftune.report.plots import _spots
-
     report = report_of(tmp_path, usual(rows=1000))
     spots = _spots(report, {row.key: row for row in report.table}, "peak_measured")
     assert front_of(report, spots) == {"lora", "qlora"}
+
+
+def test_the_front_never_turns_back_where_two_need_about_the_same(tmp_path: Path) -> None:
+    cells = [Made("lora", 1, 0.92, peak_mib=489), Made("qlora", 1, 0.91, peak_mib=496), Made("full", 1, 0.92)]
+    report = report_of(tmp_path, cells)
+    assert not any(pair.shown for pair in report.pairs)
+    spots = _spots(report, {row.key: row for row in report.table}, "peak_measured")
+    assert front_of(report, spots) == {"lora"}
 
 
 def test_letters_in_a_plot_are_explained_and_a_front_of_one_is_named(tmp_path: Path) -> None:

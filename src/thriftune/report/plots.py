@@ -263,13 +263,16 @@ def _spots(report: ReportRecord, rows: dict[str, ReportRow], key: str) -> list[_
 
 
 def front_of(report: ReportRecord, spots: Sequence[_Spot]) -> set[str]:
-    """Variants that no other one makes needless: one that needs clearly less and is not shown to be worse, or needs no
-    more and is shown to be better."""
+    """Variants that no other one makes needless: one that needs clearly less and is not shown to be worse, needs no
+    more and is shown to be better, or is on the better side in both, however little, so that the line never turns
+    back."""
     shown = {frozenset((pair.first, pair.second)) for pair in report.pairs if pair.shown}
 
     def needless(spot: _Spot, other: _Spot) -> bool:
         differs = frozenset((spot.name, other.name)) in shown
         better = (other.y > spot.y) == report.higher_is_better
+        if better and other.x <= spot.x:
+            return True
         if differs:
             return better and other.x <= 1.02 * spot.x
         return other.x < 0.98 * spot.x
