@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thriftune.evaluate.intervals import Z_95, wilson
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import (
     CellRecord,
@@ -153,9 +154,9 @@ def eval_result(made: Made, answers: Sequence[dict[str, Any]], name: str) -> Eva
         loss = sum(row["loss"] for row in answers) / len(answers)
         value, low, high, metric = math.exp(loss), math.exp(loss - 0.02), math.exp(loss + 0.02), "perplexity"
     else:
-        value = sum(row["correct"] for row in answers) / len(answers)
-        half = 1.96 * math.sqrt(value * (1 - value) / len(answers))
-        low, high, metric = max(0.0, value - half), min(1.0, value + half), "accuracy"
+        right = sum(row["correct"] for row in answers)
+        value, metric = right / len(answers), "accuracy"
+        low, high = wilson(right, len(answers), Z_95)
     return EvalResult(
         task=made.task,
         metric=metric,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import urllib.error
-import urllib.request
 
 from thriftune.errors import InputError
 
@@ -56,6 +54,9 @@ def _why_unreachable(url: str, answer_within_s: float) -> str | None:
 
 
 def _ask(url: str, timeout_s: float) -> str | None:
+    import urllib.error
+    import urllib.request
+
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s).close()
     except urllib.error.HTTPError:

@@ -6,6 +6,7 @@ Models are built on the meta device, so the 8-billion ones cost no memory either
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from typing import Any
 
@@ -351,6 +352,25 @@ def test_what_peft_would_train(model: tuple[str, dict[str, Any]], options: dict[
     config = config_of(*model)
     counted = lora_parameters(from_config(config, "small"), **options)
     assert counted == trained_by_peft(build_small(config), **options)
+
+
+@pytest.mark.parametrize("number", range(len(SMALL)))
+def test_what_peft_would_train_with_drawn_ranks_and_names(number: int) -> None:
+    """Any rank, and any list of the linears that a family has, by last names or whole paths."""
+    config, draw = config_of(*SMALL[number]), random.Random(number)
+    shape, model = from_config(config, "small"), build_small(config)
+    linears = {path: path.rpartition(".")[2] for path in built_linears(model) if path != shape.head.path}
+    names, paths = sorted(set(linears.values())), sorted(linears)
+    for _ in range(3):
+        rank = draw.randint(1, 40)
+        chosen = draw.sample(names, draw.randint(1, len(names))) + draw.sample(paths, draw.randint(0, 2))
+        try:
+            counted = lora_parameters(shape, rank, chosen)
+        except InputError:  # one of two linears that lie in one tensor
+            with pytest.raises(ValueError, match=r"up_proj|gate_proj|w1|w3"):
+                trained_by_peft(copy.deepcopy(model), r=rank, target_modules=chosen)
+            continue
+        assert counted == trained_by_peft(copy.deepcopy(model), r=rank, target_modules=chosen), (rank, chosen)
 
 
 def test_what_peft_would_train_in_a_real_model() -> None:

@@ -102,6 +102,9 @@ def test_the_page_is_whole(browser: Browser, pages: dict[str, Path], case: str, 
 def test_the_table_and_every_plot_are_there_and_not_empty(browser: Browser, pages: dict[str, Path], width: int) -> None:
     browser.show(pages["usual"], width=width, height=900)
     assert browser.value("document.querySelectorAll('table.main thead th').length") == 5
+    scrolls = "[...document.querySelectorAll('#table .box')].some(e => e.scrollWidth > e.clientWidth)"
+    told = "getComputedStyle(document.querySelector('.sideways')).display !== 'none'"
+    assert browser.value(scrolls) == browser.value(told) == (width == 390), "columns out of sight are told"
     assert browser.value("[...document.querySelectorAll('table.main tr.score td')].map(e => e.innerText[0])") == [
         *"998",
         "5",
@@ -118,6 +121,9 @@ def test_the_table_and_every_plot_are_there_and_not_empty(browser: Browser, page
     assert browser.value(f"Math.min(...{visible}.map(e => e.querySelectorAll('path, rect, circle').length))") > 8
     assert browser.value("document.querySelectorAll('svg.wide path.curve:not(.s0)').length") == 9
     assert browser.value("document.querySelectorAll('#examples .example').length") == 10
+    found = "document.querySelector('table.pairs tbody td').getBoundingClientRect().right"
+    assert browser.value(f"{found} <= innerWidth"), "what was found of a pair is in sight without scrolling"
+    assert browser.value("document.querySelector('table.pairs tbody td').innerText") == "no difference shown"
     assert browser.value("document.querySelectorAll('#recipes details').length") == 10
 
 

@@ -141,6 +141,37 @@ def test_rows_and_marks_of_ones_own_are_compared(run, here, task):
     assert report["pairs"][0]["p_value"] is not None
 
 
+CHOICE = """
+task: local_choice
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {data_files: {test: FOLDER/test.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}} Answer:"
+doc_to_choice: ["yes", "no"]
+doc_to_target: gold
+metric_list: [{metric: acc}]
+metadata: {version: 1.0}
+"""
+
+
+def test_a_task_of_the_harness_is_compared_row_by_row(run, here):
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"Is {number} more than 5?", "gold": int(number <= 5)} for number in range(12)]
+    (here / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (here / "choice.yaml").write_text(CHOICE.replace("FOLDER", str(here)), encoding="utf-8")
+    words = ("--data", "reviews", "--methods", "base,lora", "--seeds", "1", "max_samples=8", "max_steps=1", RATE)
+    report = run("compare", "pocket", "--task", "lm_eval:choice.yaml", *words, "-o", "out", "--json").ok().json
+    assert (report["metric"], report["as_percent"], report["test_rows"]) == ("acc", True, 12)
+    for name in ("base", "lora-seed42"):
+        cell = cell_of(Path("out"), name)
+        answers = [json.loads(line) for line in (Path("out/cells") / name / "eval-lm_eval-choice.yaml.jsonl").open()]
+        assert len(answers) == 12
+        assert cell.result.value == sum(answer["correct"] for answer in answers) / 12
+    assert report["pairs"][0]["rows"] == 12 and report["pairs"][0]["p_value"] is not None
+
+
 def test_a_dry_run_writes_nothing_and_says_what_would_run(run, here):
     out = run("compare", *SMALL, "lora_r=4,8", "--methods", "base,lora", "--seeds", "2", "--dry-run", "--json").ok()
     assert [cell["cell"] for cell in out.json["cells"]] == [

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from thriftune.catalog.gpus import LocalGpu, find_gpu
+from thriftune.catalog.models import find_model
 from thriftune.compare import child
-from thriftune.compare.budget import Rent, limit_s, trim
+from thriftune.compare.budget import Rent, Trimmed, find_rent, limit_s, planned_s, trim
 from thriftune.compare.child import Seat
 from thriftune.compare.folder import check, claim
 from thriftune.compare.grid import Cell, Grid, make_grid
-from thriftune.compare.jobs import Question
+from thriftune.compare.jobs import Planned, Question
 from thriftune.compare.locks import held_by_children, held_by_comparison, wait_for_orphans
 from thriftune.compare.rates import Tried, best_rate, search_recipe, search_seed, search_steps, waves_of_rates
 from thriftune.errors import InputError, OutputError, RecipeError
+from thriftune.plan.plan import plan_method
+from thriftune.plan.search import Case, Device
+from thriftune.plan.work import assumed_rows
 from thriftune.planning import read_market
+from thriftune.shapes import from_config
 
 QUESTION = Question("reviews", "test", None, None)
 POCKET = {"model": "pocket", "data": "reviews"}
@@ -186,12 +192,41 @@ def test_dollars_are_those_of_the_named_gpu_and_refused_without_one():
     market = read_market()
     gpu = find_gpu("h200", {row.key: row for row in market.gpus})
     price = next(price for price in market.prices_of(gpu) if price.kind == "on-demand")
-    rent = Rent(gpu, price)
+    rent = Rent(gpu, price, price.date)
+    assert rent.words().endswith(f"seen {price.date}")
+    assert "more than 180 days ago" in Rent(gpu, price, price.date + timedelta(days=181)).words()
     assert rent.usd(rent.seconds(12.5)) == pytest.approx(12.5)
     assert limit_s(12.5, 1e9, rent) == pytest.approx(rent.seconds(12.5))
     assert limit_s(1e9, 0.5, rent) == 1800
     with pytest.raises(InputError, match="--gpu"):
         limit_s(1.0, None, None)
+
+
+def test_a_budget_in_dollars_trims_by_the_plan_of_each_method_before_anything_starts():
+    """The plans are those of an 8B on an H200, at the price of that GPU: three seeds fit, then two, then none."""
+    market = read_market()
+    rent = find_rent("h200", market)
+    row = find_model("llama-3-8b")
+    assert rent is not None and row is not None
+    made = grid(methods="base,lora,qlora", seeds="3")
+    plans = {}
+    for cell in made.cells[1:3]:
+        recipe = cell.recipe("planned")
+        case = Case(from_config(row.config, row.name), recipe, assumed_rows(recipe))
+        device = Device(rent.gpu, 1, rent.gpu.usable_bytes)
+        plans[cell.variant] = plan_method(case, recipe.method, device, market)
+    planned = Planned(1000, 63, "", "h200", plans, [])
+    each_usd = rent.usd(sum(plan.run_s for plan in plans.values()))
+
+    def kept(budget_usd: float) -> Trimmed:
+        most_s = limit_s(budget_usd, None, rent)
+        return trim(made.cells, lambda cell: planned_s(planned, cell), 0.0, most_s, rent)
+
+    assert kept(3.01 * each_usd).skipped == ()
+    two = kept(2.99 * each_usd)
+    assert [cell.name for cell in two.skipped] == ["lora-seed44", "qlora-seed44"] and len(two.kept) == 5
+    with pytest.raises(InputError, match=r"--budget-usd \d"):
+        kept(0.5 * each_usd)
 
 
 # ---------------------------------------------------------------- the search

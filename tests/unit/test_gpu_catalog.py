@@ -67,6 +67,31 @@ def test_known_facts_of_known_cards():
     assert ROWS["m3-max-64gb"].usable_bytes == 48 * GIB
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "T4",
+            "V100 16GB",
+            "V100 32GB",
+            "L4",
+            "A10G",
+            "A5000",
+            "RTX 3060",
+            "RTX 3090",
+            "RTX 4060 Ti 16GB",
+            "RTX 4070",
+        ),
+        *("RTX 4080", "RTX 4090", "RTX 5080", "RTX 5090", "A6000", "6000 Ada", "L40S", "A100 40GB", "A100 80GB"),
+        *("H100 SXM", "H100 PCIe", "H200", "B200", "MI300X", "M1 16GB", "M2 Max 64GB", "M3 Ultra 512GB", "M4 Pro 48GB"),
+    ],
+)
+def test_what_people_train_on_is_there(name):
+    gpu = find_gpu(name)
+    assert gpu.usable_bytes < gpu.memory_bytes and gpu.bandwidth_bytes_per_s and gpu.link_bytes_per_s and gpu.power_w
+    assert gpu.unified_memory == name.startswith("M") - name.startswith("MI")
+
+
 def test_keys_are_written_once_and_no_name_means_two_gpus():
     text = (Path(__file__).parents[2] / "src/thriftune/catalog/gpus.json").read_text(encoding="utf-8")
     pairs: list[str] = []

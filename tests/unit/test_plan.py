@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from datetime import date
@@ -22,11 +23,11 @@ from thriftune.plan.search import Case, Device, allowed_settings, candidates, ch
 from thriftune.plan.show import dollars, gpu_table, plan_text, three_lines
 from thriftune.plan.values import PARTS
 from thriftune.plan.work import Rows, assumed_rows
-from thriftune.planning import list_gpus
+from thriftune.planning import list_gpus, read_market
 from thriftune.recipe import Recipe, read_recipe
 from thriftune.records import PlannedMethod
 from thriftune.shapes import from_config
-from thriftune.units import GIB
+from thriftune.units import GIB, format_seconds
 
 GPUS = built_in_gpus()
 TODAY = date(2026, 11, 24)
@@ -63,9 +64,9 @@ def market(*prices: Price) -> Market:
     return Market(list(GPUS.values()), prices, FREE_POWER, TODAY)
 
 
-def plan_of(case: Case, *devices: Device, methods=METHODS, prefer="balanced", data_named=True):
+def plan_of(case: Case, *devices: Device, methods=METHODS, prefer="balanced", data_named=True, prices=None):
     question = Question(case, methods, prefer, data_named, "a test")
-    return make_plan(question, devices, market(price()))
+    return make_plan(question, devices, market(*(prices or (price(),))))
 
 
 # ---------------------------------------------------------------- settings
@@ -228,7 +229,9 @@ def test_a_falling_rank_is_planned_at_its_start_with_the_schedule_told():
     taken = plan.gpus[0].recommended
     assert taken.method == "dynamic" and "--method dynamic" in (taken.command or "")
     assert "dynamic.keep=0.25" in (taken.command or "")
-    assert "dynamic" not in [found.method for found in plan_of(case_of(), on("h200")).gpus[0].methods]
+    beside = plan_of(case_of("dynamic.r_start=64"), on("h200")).gpus[0]
+    shown = next(found for found in beside.methods if found.method == "dynamic")
+    assert shown.beside and shown.peak_bytes == dynamic.peak_bytes and beside.recommended.method == "lora"
 
 
 def test_memory_is_compared_by_what_methods_need_not_by_what_they_take():
@@ -265,12 +268,17 @@ def test_dollars_are_hours_times_the_price_and_watts_times_the_kwh():
 def test_old_and_whole_offers_and_no_offers_are_noted():
     old = price(day=date(2026, 5, 1))
     assert "prices seen more than 180 days ago, check them: at 0.5 on-demand (2026-05-01)" in price_notes(
-        [old], 1, TODAY
+        [old], FREE_POWER, 1, TODAY
     )
-    assert price_notes([price()], 1, TODAY) == []
-    assert "(8 GPUs)" in price_notes([price(least=8)], 2, TODAY)[0]
-    assert price_notes([price(least=8)], 8, TODAY) == []
-    assert "no provider" in price_notes([], 1, TODAY)[0]
+    assert price_notes([price()], FREE_POWER, 1, TODAY) == []
+    old_power = ElectricityPrice(0.187, "a page", date(2026, 4, 26))
+    assert (
+        price_notes([price()], old_power, 1, TODAY)[0].endswith("electricity at home, $0.187 a kWh (2026-04-26)")
+        and price_notes([price()], old_power, 1, date(2026, 5, 1)) == []
+    )
+    assert "(8 GPUs)" in price_notes([price(least=8)], FREE_POWER, 2, TODAY)[0]
+    assert price_notes([price(least=8)], FREE_POWER, 8, TODAY) == []
+    assert "no provider" in price_notes([], FREE_POWER, 1, TODAY)[0]
     assert any(
         "180 days" in note
         for note in make_plan(Question(case_of(), ("lora",), "balanced", True, ""), [on()], market(old)).gpus[0].notes
@@ -357,11 +365,34 @@ def test_nothing_that_does_not_fit_is_recommended(prefer):
     assert advise.recommend([FULL, planned("lora", 30), QLORA], prefer)[0] is QLORA
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(advise.lora_when_its_base_fits, advise.qlora_when_lora_does_not_fit, advise.is_slower_and_bigger),
+        *(advise.faster_adapter, advise.full_for_the_last_points, advise.full_does_not_fit, advise.few_rows_warning),
+        *(advise.paged_optimizer_note, advise.several_gpus_note, advise.more_gpus_note, advise.sharded_full_note),
+    ],
+)
+def test_every_rule_cites_why(rule):
+    assert re.search(r"[A-Z]\w+ et al\. 20\d\d|litgpt's table \(A10G\)", rule.__doc__), rule.__name__
+
+
 def test_few_rows_warn_of_learning_by_heart():
     assert "only 99 rows" in (advise.few_rows_warning(99, True) or "")
     assert advise.few_rows_warning(100, True) is None and advise.few_rows_warning(5, False) is None
     few = Rows((50,), (10,), 40, "forty rows")
     assert any("only 40 rows" in note for note in plan_of(case_of(rows=few), on()).notes)
+
+
+def test_a_70b_on_24_gb_is_streamed_and_told_what_paging_does_not_do():
+    plan = plan_of(case_of(shape=LLAMA_70B), on())
+    found = plan.gpus[0]
+    assert found.recommended.method == "qlora" and found.methods[2].settings["layers_streamed"] > 0
+    (told,) = [note for note in found.notes if "paged optimizer" in note]
+    assert "36.80 GiB; 23.64 GiB are usable" in told and "not weights" in told and "in this plan already" in told
+    assert "qlora (streamed)" in plan_text(plan)
+    for fits in (plan_of(case_of(), on()), plan_of(case_of(shape=LLAMA_70B), on("h200"))):
+        assert not any("paged optimizer" in note for note in fits.gpus[0].notes)
 
 
 def test_a_70b_on_24_gb_is_told_that_paged_optimizers_do_not_page_weights():
@@ -374,6 +405,23 @@ def test_a_70b_on_24_gb_is_told_that_paged_optimizers_do_not_page_weights():
     assert "this model is of type mixtral" in experts and "offload=auto" not in experts
 
 
+def test_lines_beside_the_methods_are_what_they_say_and_never_recommended():
+    """Offload streams every layer; what was asked for by name, and machines that have none of it, get no such lines."""
+    found = plan_of(case_of(), on("h200")).gpus[0]
+    assert [plan.method for plan in found.methods if plan.beside] == ["lora-fp8", "dynamic", "qlora-offload"]
+    qlora, away = found.methods[2], found.methods[-1]
+    assert (away.settings["layers_resident"], away.settings["layers_streamed"]) == (0, 32)
+    assert away.peak_bytes < 0.5 * qlora.peak_bytes and away.memory["weights"] < 0.5 * qlora.memory["weights"]
+    asked = plan_method(case_of("offload={resident_layers: 0}", "method=qlora"), "qlora", on("h200"), market(price()))
+    assert (asked.peak_bytes, asked.step_s) == (away.peak_bytes, away.step_s)
+    for prefer in advise.PREFERENCES:
+        question = Question(case_of(), METHODS, prefer, True, "")
+        assert make_plan(question, [on("h200")], market()).gpus[0].recommended.method in METHODS
+    for device in (on("h200", 2), on("t4")):
+        assert "qlora-offload" not in [plan.method for plan in plan_of(case_of(), device).gpus[0].methods]
+    assert not any(plan.beside for plan in plan_of(case_of(), on(), methods=("lora", "qlora")).gpus[0].methods)
+
+
 def test_several_gpus_hold_a_whole_model_each():
     found = plan_of(case_of(), on("a100-80gb", 2)).gpus[0]
     text = " ".join(found.notes)
@@ -381,8 +429,21 @@ def test_several_gpus_hold_a_whole_model_each():
     assert "GiB on each of 2" in text
     assert found.recommended.command.startswith("torchrun --nproc-per-node 2 -m thriftune train ")
     alone = plan_of(case_of(), on("a100-80gb")).gpus[0]
-    assert "each holds" not in " ".join(alone.notes)
+    assert "make a run faster, not smaller" in text and "not smaller" not in " ".join(alone.notes)
     assert found.methods[1].tokens_per_s > 1.5 * alone.methods[1].tokens_per_s
+
+
+def test_several_gpus_are_considered_where_one_was_asked_about():
+    alone, eight = (plan_of(case_of(), on("a100-80gb", count), prices=[price("a100-80gb")]).gpus[0] for count in (1, 8))
+    (told,) = [note for note in alone.notes if note.startswith("of several such GPUs")]
+    lora = eight.methods[1]
+    assert f"8 take {format_seconds(lora.run_s)} and ${lora.cost_usd['at 0.5 on-demand']:.2g}" in told
+    assert lora.run_s < 0.3 * alone.methods[1].run_s
+    assert not any("of several" in note for note in eight.notes)
+    streamed = plan_of(case_of(shape=LLAMA_70B), on()).gpus[0]
+    assert streamed.recommended.method == "qlora" and not any("of several" in note for note in streamed.notes), (
+        "layers are streamed to one GPU"
+    )
 
 
 def test_stacked_experts_stay_in_16_bits():
@@ -437,7 +498,20 @@ def test_the_text_is_at_most_100_columns_wide_and_says_everything():
         assert row in article
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-405b", "mixtral-8x22b", "qwen2-0.5b"])
+def test_every_method_that_fits_is_priced_at_every_place_and_what_does_not_at_none():
+    offers = (price(usd=2.0), price(usd=9.0, kind="spot"))
+    text = plan_text(plan_of(case_of(), on("rtx-4090"), prices=offers))
+    found = plan_of(case_of(), on("rtx-4090"), prices=offers).gpus[0]
+    table = text[text.index("the run costs") :].split("\n\n")[0].splitlines()
+    assert table[0].split()[3:] == [plan.method for plan in found.methods if plan.fits]
+    assert [" ".join(line.split()[: -len(table[0].split()[3:])]) for line in table[1:]] == [
+        "electricity at home", "at 2.0 on-demand", "at 9.0 spot",
+    ]  # fmt: skip
+    lora = next(plan for plan in found.methods if plan.method == "lora")
+    assert table[2].split()[3] == dollars(lora.cost_usd["at 2.0 on-demand"])
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-405b", "mixtral-8x22b", "llama-3-8b", "llama-3.1-70b", "qwen2-0.5b"])
 def test_wide_numbers_stay_in_100_columns(name):
     text = plan_text(plan_of(case_of("num_train_epochs=50", shape=shape_of(name)), on("t4"), on("h200", 8)))
     assert max(len(line) for line in text.splitlines()) <= 100, text
@@ -464,7 +538,9 @@ def test_three_lines_before_a_run():
     assert "DOES NOT FIT" in refused[0] and "full: asked for" in refused[2]
 
 
-@pytest.mark.parametrize(("amount", "text"), [(0, "$0.00"), (0.00312, "$0.0031"), (0.42, "$0.42"), (640.4, "$640")])
+@pytest.mark.parametrize(
+    ("amount", "text"), [(0, "$0.00"), (0.00312, "$0.0031"), (0.00003, "<$0.0001"), (0.42, "$0.42"), (640.4, "$640")]
+)
 def test_dollars_have_two_digits_that_mean_something(amount, text):
     assert dollars(amount) == text
 
@@ -473,7 +549,13 @@ def test_the_list_of_gpus_has_them_all():
     rows = list_gpus()
     assert [row["gpu"] for row in rows][: len(GPUS)] == list(GPUS)
     lines = gpu_table(rows).splitlines()
-    assert len(lines) == len(rows) + 1 and max(map(len, lines)) <= 100
+    assert len(lines) == len(rows) + 3 and max(map(len, lines)) <= 100
+    today = read_market().today
+    for row, line in zip(rows, lines[1:-2], strict=True):
+        old = row["price_date"] is not None and (today - date.fromisoformat(row["price_date"])).days > 180
+        assert row["price_is_old"] == old == line.endswith(" old"), line
+    assert any(row["price_is_old"] for row in rows) and lines[-1].startswith("old: seen more than 180 days ago")
+    assert len(gpu_table([row for row in rows if not row["price_is_old"]]).splitlines()) < len(rows)
 
 
 def test_the_recipes_method_and_defaults_do_not_change():

@@ -1,4 +1,4 @@
-"""What holds of every plan: all models of the catalogue, five ways to train, six GPUs; and drawn recipes."""
+"""What holds of every plan: all models of the catalogue, every method, six GPUs; and drawn recipes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ from thriftune.shapes import from_config
 
 GPUS = built_in_gpus()
 SIX = ("t4", "rtx-4090", "a6000", "a100-80gb", "h200", "m4-max-128gb")
-FIVE = {
+WAYS = {  # five methods, and further settings of them
     "full": ("full", []),
     "lora": ("lora", []),
     "qlora": ("qlora", []),
+    "lora-fp8": ("lora", ["precision=fp8"]),
+    "dynamic": ("dynamic", []),
     "lora with r=64": ("lora", ["lora_r=64"]),
     "qlora, one row": ("qlora", ["per_device_train_batch_size=1"]),
+    "qlora, streamed": ("qlora", ["method=qlora", "offload={resident_layers: 1}"]),
 }
 NAMES = ("llama-3-8b", "qwen2-0.5b", "mixtral-8x7b", "gpt-oss-20b", "gemma-2-9b", "llama-3.2-1b")
 SHAPES = {name: from_config(row.config, row.name) for name in NAMES if (row := find_model(name)) is not None}
@@ -47,9 +50,9 @@ def market() -> Market:
 
 
 @pytest.mark.parametrize("model", all_models(), ids=lambda model: model.name)
-def test_every_model_five_ways_on_six_gpus(model):
+def test_every_model_by_every_method_on_six_gpus(model):
     shape = from_config(model.config, model.name)
-    for name, (method, words) in FIVE.items():
+    for name, (method, words) in WAYS.items():
         recipe = read_recipe(None, words)
         case = Case(shape, recipe, assumed_rows(recipe))
         for key in SIX:
@@ -59,18 +62,50 @@ def test_every_model_five_ways_on_six_gpus(model):
             assert list(found.memory) == list(PARTS), where
             assert min(found.memory.values()) >= 0, where
             assert sum(found.memory.values()) == found.peak_bytes, where
+            takes = shape.model_type in FAMILIES and method != "full" and key not in ("t4", "m4-max-128gb")
+            odd = any(
+                size % 16 for linear in shape.layers[0][0].linears for size in (linear.in_features, linear.out_features)
+            )
+            if name == "lora-fp8" and (not takes or odd or GPUS[key].flops_fp8 is None):
+                assert not found.fits and "is refused with precision=fp8" in found.notes[0], where
+                continue
             assert found.fits == (found.peak_bytes <= found.usable_bytes), where
             assert found.tokens_per_s > 0 and found.step_s > 0, where
             assert found.run_s == pytest.approx(found.step_s * case.work(1, 1).steps), where
             assert found.trainable_parameters > 0 and found.total_parameters == shape.total_parameters, where
             assert all(dollars >= 0 for dollars in found.cost_usd.values()) and found.cost_usd, where
             assert found.allocated_bytes <= found.reserved_bytes, where
-            takes = shape.model_type in FAMILIES and method != "full" and key not in ("t4", "m4-max-128gb")
+            assert ("layers_streamed" in found.settings) >= (takes and name == "qlora, streamed"), where
             assert found.path == ("engine" if takes else "generic"), where
             assert (found.least_bytes is not None) == takes, where
             assert found.settings["per_device_train_batch_size"] * found.settings["gradient_accumulation_steps"] in (
-                (16,) if not words or "lora_r" in words[0] else (4,)
+                (4,) if name == "qlora, one row" else (16,)
             ), where
+
+
+NEVER_LESS = {"longer rows": "max_length=2048", "more rows": "per_device_train_batch_size=8", "rank": "lora_r=64"}
+
+
+@pytest.mark.parametrize("model", all_models(), ids=lambda model: model.name)
+def test_no_model_needs_less_for_more(model):
+    """Whatever the method and GPU: what is needed at the least, with rows at once and recomputation held."""
+    shape = from_config(model.config, model.name)
+    held = ["gradient_checkpointing=on", "per_device_train_batch_size=4", "max_length=512"]
+    for method in ("full", "lora", "qlora", "dynamic"):
+        for key in SIX:
+            small = needed(shape, method, key, *held)
+            for what, word in NEVER_LESS.items():
+                if method == "dynamic" and what == "rank":
+                    word = "dynamic.r_start=128"
+                words = [*(old for old in held if old.split("=")[0] != word.split("=")[0]), word]
+                assert needed(shape, method, key, *words) >= small, (model.name, method, key, what)
+
+
+def needed(shape, method: str, key: str, *words: str) -> int:
+    recipe = read_recipe(None, words)
+    case = Case(shape, recipe, assumed_rows(recipe))
+    found = plan_method(case, method, Device(GPUS[key], 1, 10**15), market())
+    return found.peak_bytes if found.least_bytes is None else found.least_bytes
 
 
 def test_every_model_gets_a_recommendation_that_fits_or_the_reasons_why_not():

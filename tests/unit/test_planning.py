@@ -259,7 +259,9 @@ def test_several_gpus_in_the_order_asked():
 def test_methods_and_preferences_are_checked():
     assert [one.method for one in plan(methods=("qlora", "lora")).gpus[0].methods] == ["qlora", "lora"]
     assert [one.method for one in plan("method=lora").gpus[0].methods] == ["lora"]
-    assert [one.method for one in plan().gpus[0].methods] == ["full", "lora", "qlora", "lora-fp8"]
+    assert [one.method for one in plan().gpus[0].methods] == [
+        "full", "lora", "qlora", "lora-fp8", "dynamic", "qlora-offload",
+    ]  # fmt: skip
     with pytest.raises(InputError, match="full, lora, qlora"):
         plan(methods=("lorra",))
     with pytest.raises(InputError, match="balanced, speed"):

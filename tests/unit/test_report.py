@@ -14,11 +14,13 @@ from thriftune.catalog.gpus import built_in_gpus
 from thriftune.catalog.prices import ElectricityPrice
 from thriftune.catalog.rows import Price
 from thriftune.errors import InputError
+from thriftune.evaluate.intervals import Z_95, wilson
 from thriftune.plan.cost import Market
 from thriftune.records import RankCut, ReportRecord, ReportValue, read_record
 from thriftune.report import build_report, read_cells, report_text, write_report
+from thriftune.report.bars import agreement_figure
 from thriftune.report.build import CURVE_POINTS, curve
-from thriftune.report.plots import front_of, looks, smoothed
+from thriftune.report.plots import _spots, cost_figures, front_of, looks, smoothed
 from thriftune.report.search import search_table
 from thriftune.report.svg import apart, ticks
 
@@ -86,6 +88,22 @@ def test_an_offer_of_several_gpus_is_paid_whole(tmp_path: Path) -> None:
     market = replace(MARKET, prices=[replace(PRICE, min_gpus=8)])
     report = report_of(tmp_path, [Made("lora", 1, train_s=100.0)], market=market)
     assert value(report, "rent_measured", "lora").mean == pytest.approx(0.8)
+
+
+def test_another_gpus_price_may_count_and_what_is_old_or_elsewhere_is_said(tmp_path: Path) -> None:
+    """A spot price is no price to count on; a chosen GPU's rent is of times that another one took, which is told."""
+    other = replace(PRICE, gpu="a100-80gb", usd_per_hour=1.8, date=date(2026, 4, 1))
+    spot = replace(PRICE, kind="spot", usd_per_hour=0.1)
+    market = replace(MARKET, prices=[PRICE, spot, other])
+    own = report_of(tmp_path, [Made("lora", 1, train_s=100.0)], market=market)
+    chosen = report_of(tmp_path, [Made("lora", 1, train_s=100.0)], market=market, gpu="A100 80GB")
+    assert value(own, "rent_measured", "lora").mean == pytest.approx(0.1)
+    assert value(chosen, "rent_measured", "lora").mean == pytest.approx(0.05)
+    notes = [next(row.note for row in found.table if row.key == "rent_measured") for found in (own, chosen)]
+    assert "days ago" not in notes[0] and "times are of" not in notes[0]
+    assert "seen 2026-04-01, more than 180 days ago" in notes[1] and "times are of NVIDIA H200" in notes[1]
+    with pytest.raises(InputError, match="rtx-4090"):
+        report_of(tmp_path, [Made("lora", 1)], market=market, gpu="rtx-4091")
 
 
 def test_what_is_missing_is_a_dash_with_its_reason_and_never_zero(tmp_path: Path) -> None:
@@ -348,6 +366,13 @@ def test_the_three_files_say_the_same(tmp_path: Path) -> None:
         assert row.label in page and row.label in markdown
         for found in row.values:
             assert found.text == "-" or (found.text in page and found.text in markdown.replace("\\", ""))
+    for cell in report.cells:
+        assert cell.value is not None
+        low, high = wilson(round(cell.value * 600), 600, Z_95)
+        words = f"{cell.name}: {100 * cell.value:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
+        assert words in page, "each cell has Wilson's interval of its own"
+        assert cell.variant == "base" or words in markdown
+    assert "140 GiB" in page and "150000000000" not in page
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -383,11 +408,32 @@ def test_smoothing_keeps_places_and_a_straight_line() -> None:
 
 
 def test_the_front_has_no_method_that_another_makes_needless(tmp_path: Path) -> None:
-    from thriftune.report.plots import _spots
-
     report = report_of(tmp_path, usual(rows=1000))
     spots = _spots(report, {row.key: row for row in report.table}, "peak_measured")
     assert front_of(report, spots) == {"lora", "qlora"}
+
+
+def test_the_front_never_turns_back_where_two_need_about_the_same(tmp_path: Path) -> None:
+    cells = [Made("lora", 1, 0.92, peak_mib=489), Made("qlora", 1, 0.91, peak_mib=496), Made("full", 1, 0.92)]
+    report = report_of(tmp_path, cells)
+    assert not any(pair.shown for pair in report.pairs)
+    spots = _spots(report, {row.key: row for row in report.table}, "peak_measured")
+    assert front_of(report, spots) == {"lora"}
+
+
+def test_letters_in_a_plot_are_explained_and_a_front_of_one_is_named(tmp_path: Path) -> None:
+    report = report_of(tmp_path / "usual", usual(rows=1000))
+    seen = agreement_figure(report, looks(report))
+    assert seen is not None and "A: " not in seen.caption and ">LoRA<" in seen.narrow
+    by_memory = cost_figures(report, looks(report))[0]
+    assert "The line joins what nothing else beats" in by_memory.caption and 'class="front"' in by_memory.wide
+    cells = [Made("lora", 1, variant=f"lora lora.r={rank}", peak_mib=100 * rank) for rank in range(1, 7)]
+    report = report_of(tmp_path / "six", cells)
+    seen = agreement_figure(report, looks(report))
+    assert seen is not None and "A: LoRA r=1, B: LoRA r=2, " in seen.caption and "F: LoRA r=6." in seen.caption
+    assert ">F<" in seen.wide and ">F<" in seen.narrow and "LoRA r=6" not in seen.wide.partition("</desc>")[2]
+    by_memory = cost_figures(report, looks(report))[0]
+    assert "Nothing else beats LoRA r=1: no other" in by_memory.caption and 'class="front"' not in by_memory.wide
 
 
 def test_every_variant_looks_different_without_colour(tmp_path: Path) -> None:

@@ -232,6 +232,13 @@ def test_an_unknown_family_is_estimated_as_the_usual_decoder() -> None:
     assert "mixture-of-experts" in experts.notes[0]
 
 
+@pytest.mark.parametrize("key", ["ssm_state_size", "hybrid_override_pattern", "linear_attn_config"])
+def test_layers_of_a_kind_that_is_not_counted_are_refused_and_not_guessed(key: str) -> None:
+    with pytest.raises(ModelError, match=f"{key}: layers of a kind"):
+        from_config({**LLAMA, "model_type": "unheard-of", key: 16}, "small")
+    assert not from_config({**LLAMA, key: 16}, "small").estimated
+
+
 def test_quantised_storage_is_noted() -> None:
     shape = from_config({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, "small")
     assert "stored quantised (fp8)" in shape.notes[0]

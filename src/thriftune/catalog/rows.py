@@ -6,6 +6,8 @@ import datetime
 from dataclasses import dataclass
 from typing import Literal
 
+STALE_AFTER_DAYS = 180  # a price seen longer ago is flagged
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -48,4 +50,4 @@ class Price:
     min_gpus: int = 1
 
     def is_stale(self, today: datetime.date) -> bool:
-        return (today - self.date).days > 180
+        return (today - self.date).days > STALE_AFTER_DAYS

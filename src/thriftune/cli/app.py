@@ -64,7 +64,7 @@ def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
         raise InputError(
             given=f"{len(bare)} words that are no KEY=VALUE: {', '.join(bare)}",
             allowed="one model name",
-            do="write options as key=value, without spaces around =",
+            do="write options as key=value, without spaces around =; put a name that has spaces into quotes",
         )
     return bare[0] if bare else None, overrides
 

@@ -101,13 +101,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the report; without, the first DIR or report/.")
     ] = None,
+    gpu: Annotated[str | None, typer.Option(help="The GPU whose price counts, instead of the one trained on.")] = None,
     as_json: Json = False,
 ) -> None:
     """Join records into one table and one page: report.html, report.md, report.json. Nothing is trained or scored."""
     from thriftune.compare.pages import report_folders
 
     place = output or (folders[0] if len(folders) == 1 and (folders[0] / "cells").is_dir() else Path("report"))
-    _print_report(report_folders(folders, place, []), place, as_json)
+    _print_report(report_folders(folders, place, [], gpu), place, as_json)
 
 
 def _print_report(record: Any, folder: Path, as_json: bool) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from thriftune.cli.app import Json, Words, app, recipe_of_words
 
@@ -32,13 +31,15 @@ def train(
     Without a model and data the pocket model is tuned on the built-in reviews. Options are written KEY=VALUE, such as
     learning_rate=1e-4 lora_r=32 max_length=512; docs/recipe.md lists them all.
     """
-    console = Console(stderr=True)
     asked = {"data": data, "method": method, "output": output, "max_memory": max_memory}
     recipe = recipe_of_words(words, config, asked)
+    from rich.console import Console
+
     from thriftune.console import ProgressLine, print_audit
     from thriftune.data import audit_lines, example_segments
     from thriftune.run import prepare_run, run
 
+    console = Console(stderr=True)
     prepared = prepare_run(recipe, force=force)
     first = prepared.data.train[0]
     is_main = os.environ.get("RANK", "0") == "0"

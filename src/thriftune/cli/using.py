@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from thriftune.cli.app import Json, Overrides, TargetName, app
 
@@ -69,9 +68,7 @@ def predict(
     from thriftune.serving import predict_with_target
 
     count = predict_with_target(target, words or [], input_file=input_file, output=output)
-    Console(stderr=True).print(
-        f"{count} rows answered" + (f": {output}" if output else ""), highlight=False, markup=False
-    )
+    print(f"{count} rows answered" + (f": {output}" if output else ""), file=sys.stderr)
 
 
 @app.command()

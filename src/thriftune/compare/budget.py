@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from thriftune.catalog.gpus import find_gpu, local_gpus
 from thriftune.catalog.rows import Gpu, Price
 from thriftune.compare.grid import BASE, Cell
 from thriftune.compare.jobs import Planned
 from thriftune.errors import InputError
-from thriftune.plan.cost import Market, place_of
+from thriftune.plan.cost import Market, place_of, seen_words
 from thriftune.units import format_bytes, format_seconds
 
 
@@ -20,6 +21,7 @@ class Rent:
 
     gpu: Gpu
     price: Price
+    today: date
 
     def usd(self, duration_s: float) -> float:
         return self.price.usd_per_hour * self.price.min_gpus * duration_s / 3600
@@ -30,7 +32,8 @@ class Rent:
     def words(self) -> str:
         several = f" for {self.price.min_gpus} GPUs" if self.price.min_gpus > 1 else ""
         hourly = self.price.usd_per_hour * self.price.min_gpus
-        return f"${hourly:.2f} an hour{several}: {self.gpu.key} at {place_of(self.price)}, seen {self.price.date}"
+        place = f"{self.gpu.key} at {place_of(self.price)}, {seen_words(self.price, self.today)}"
+        return f"${hourly:.2f} an hour{several}: {place}"
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ def find_rent(name: str | None, market: Market) -> Rent | None:
         if local is None:
             return None
         gpu = local
-    offers = [price for price in market.prices_of(gpu) if price.kind == "on-demand"]
-    if offers:
-        return Rent(gpu, min(offers, key=lambda price: price.usd_per_hour * price.min_gpus))
+    offer = market.usual_offer(gpu)
+    if offer is not None:
+        return Rent(gpu, offer, market.today)
     if name is None:
         return None
     raise InputError(

@@ -54,7 +54,7 @@ def compare(asked: Asked, say: Say) -> Compared:
         rates = search_all(asked, grid, planned, folder, children, say)
         runner = CellRunner(asked, grid, question, planned, folder, children, rates, rent, most_s, say)
         notes += runner.run(trimmed)
-        report = report_folders([folder], folder, notes)
+        report = report_folders([folder], folder, notes, asked.gpu)
     failed = tuple(cell.name for cell in report.cells if cell.status == "failed")
     return Compared(folder, report, failed, not any(cell.status == "done" for cell in report.cells))
 

@@ -13,19 +13,19 @@ from thriftune.records import ReportRecord
 from thriftune.report import build_report, read_cells, write_report
 
 
-def report_folders(folders: Sequence[Path], output: Path, notes: Sequence[str]) -> ReportRecord:
-    """Join what is in these folders into report.html, report.md and report.json in `output`.
+def report_folders(folders: Sequence[Path], output: Path, notes: Sequence[str], gpu: str | None = None) -> ReportRecord:
+    """Join what is in these folders into report.html, report.md and report.json in `output`; with the prices of the
+    GPU called `gpu`, else of the one that the cells ran on.
 
-    Raises InputError when they cannot stand in one table, with every reason.
+    Raises InputError when they cannot stand in one table, with every reason, and for an unknown GPU.
     """
     cells = read_cells(folders)
     searches = {str(folder): read_search(folder / "search") for folder in folders if has_search(folder)}
     search: dict[str, Any] | None = next(iter(searches.values())) if len(searches) == 1 else searches or None
-    said = [NOTE.format(share=f"{SHARE_OF_STEPS:.0%}")] if searches else []
+    said = [NOTE.format(share=f"{100 * SHARE_OF_STEPS:.0f} %")] if searches else []
     title = " and ".join(folder.resolve().name for folder in folders[:3]) + (" and more" if len(folders) > 3 else "")
-    report = build_report(
-        cells, title=f"Comparison {title}", market=read_market(), search=search, notes=[*said, *notes]
-    )
+    title = f"Comparison {title}"
+    report = build_report(cells, title=title, market=read_market(), search=search, notes=[*said, *notes], gpu=gpu)
     write_report(report, cells, output)
     return report
 

@@ -168,4 +168,4 @@ def _tried(rate: float, ended: Ended) -> Tried:
 
 
 def _held_out_words(rows: int) -> str:
-    return f"{held_out_share(rows):.2%} of the rows held out, at most {MOST_HELD_OUT:,} of them scored"
+    return f"{100 * held_out_share(rows):.3g} % of the rows held out, at most {MOST_HELD_OUT:,} of them scored"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from thriftune.catalog.rows import Gpu
 from thriftune.plan.cost import cheapest
 from thriftune.records import PlannedMethod
 from thriftune.shapes import ModelShape
-from thriftune.units import format_bytes, format_count
+from thriftune.units import format_bytes, format_count, format_seconds
 
 Prefer = Literal["balanced", "speed", "memory", "quality", "cost"]
 PREFERENCES: tuple[Prefer, ...] = ("balanced", "speed", "memory", "quality", "cost")
@@ -175,23 +175,22 @@ def few_rows_warning(rows: int, known: bool) -> str | None:
     )
 
 
-def paged_optimizer_note(qlora: PlannedMethod, gpu: Gpu, no_engine: str | None) -> str | None:
+def paged_optimizer_note(qlora: PlannedMethod, whole_bytes: float, gpu: Gpu, no_engine: str | None) -> str | None:
     """A 70B does not fit on 24 GB: 'paged' optimizers page optimizer states (Dettmers et al. 2023, section 3), which an
-    adapter hardly has; the 35 GB of 4-bit weights stay. Streaming layers from the host does help; it is planned unless
-    the recipe or the number of GPUs forbids it, or the engine, which does it, does not take the run: `no_engine` says
-    why."""
-    if qlora.fits or qlora.memory["weights"] <= 0.95 * qlora.usable_bytes:
+    adapter hardly has; the `whole_bytes` of 4-bit weights stay. Streaming layers from the host does help; it is planned
+    unless the recipe or the number of GPUs forbids it, or the engine, which does it, does not take the run: `no_engine`
+    says why."""
+    streamed = "layers_streamed" in qlora.settings
+    if whole_bytes <= 0.95 * qlora.usable_bytes or (qlora.fits and not streamed):
         return None
     small = " on a card of 24 GB or less" if gpu.memory_bytes <= SMALL_CARD_BYTES else ""
     if no_engine is not None:
         way = f", for which the engine is needed, and it does not take this run: {no_engine}"
-    elif "layers_streamed" in qlora.settings:
-        way = ", and is in this plan already"
     else:
-        way = ", on one GPU: offload=auto"
+        way = ", and is in this plan already" if streamed else ", on one GPU: offload=auto"
     return (
-        f"qlora's weights alone take {format_bytes(qlora.memory['weights'])} of {format_bytes(qlora.usable_bytes)}. "
-        f"A paged optimizer does not help{small}: it pages optimizer states, not weights. Streaming layers from the "
+        f"qlora's weights alone take {format_bytes(whole_bytes)}; {format_bytes(qlora.usable_bytes)} are usable. A "
+        f"paged optimizer does not help{small}: it pages optimizer states, not weights. Streaming layers from the "
         f"computer's memory is what helps{way}"
     )
 
@@ -206,6 +205,23 @@ def several_gpus_note(count: int, planned: Sequence[PlannedMethod]) -> str | Non
         f"{count} GPUs take steps of {count} times the rows, and each holds the whole model (up to "
         f"{format_bytes(most)} here): more GPUs make a run faster, not smaller. Lower gradient_accumulation_steps to "
         "keep a step's rows"
+    )
+
+
+def more_gpus_note(several: Mapping[int, PlannedMethod]) -> str | None:
+    """What data parallel over more of the same GPU would do to the run, by how many there are (Li et al. 2020): sooner
+    done, at about the price of one, as long as the exchange of gradients is short beside a step."""
+    told = [
+        f"{count} take {format_seconds(plan.run_s)}" + (f" and ${rent[1]:.2g}" if rent else "")
+        for count, plan in several.items()
+        if plan.fits and plan.step_s
+        for rent in (cheapest(plan.cost_usd),)
+    ]
+    if not told:
+        return None
+    return (
+        f"of several such GPUs, {', '.join(told)}: each holds the whole model, and a step has as many times the rows "
+        "(--gpus plans them)"
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from thriftune.catalog.prices import ElectricityPrice
-from thriftune.catalog.rows import Gpu, Price
+from thriftune.catalog.rows import STALE_AFTER_DAYS, Gpu, Price
 
 ELECTRICITY = "electricity at home"
 # The mean draw of a GPU that trains, as a share of its power limit. Our own runs on an H200 (700 W) drew 34 % (batches
@@ -31,6 +31,11 @@ class Market:
         found = [price for price in self.prices if price.gpu == gpu.key]
         return sorted(found, key=lambda price: (price.usd_per_hour, price.provider, price.kind))
 
+    def usual_offer(self, gpu: Gpu) -> Price | None:
+        """The on-demand offer whose smallest unit costs least an hour; None where nobody rents the GPU on demand."""
+        offers = [price for price in self.prices_of(gpu) if price.kind == "on-demand"]
+        return min(offers, key=lambda price: price.usd_per_hour * price.min_gpus, default=None)
+
 
 def run_dollars(
     gpu: Gpu, count: int, run_s: float, prices: Sequence[Price], electricity: ElectricityPrice
@@ -53,13 +58,21 @@ def place_of(price: Price) -> str:
     return f"{price.provider} {price.kind}"
 
 
-def price_notes(prices: Sequence[Price], count: int, today: date) -> list[str]:
+def seen_words(price: Price, today: date) -> str:
+    """'seen 2026-11-01', and for how long that is too long ago."""
+    old = f", more than {STALE_AFTER_DAYS} days ago: check it" if price.is_stale(today) else ""
+    return f"seen {price.date}{old}"
+
+
+def price_notes(prices: Sequence[Price], electricity: ElectricityPrice, count: int, today: date) -> list[str]:
     """What to know of these rows before believing a sum: those seen long ago, and those that rent out several GPUs."""
     notes = []
-    stale = [price for price in prices if price.is_stale(today)]
+    stale = [f"{place_of(price)} ({price.date})" for price in prices if price.is_stale(today)]
+    if electricity.date is not None and (today - electricity.date).days > STALE_AFTER_DAYS:
+        stale.append(f"{ELECTRICITY}, ${electricity.usd_per_kwh:g} a kWh ({electricity.date})")
     if stale:
-        listed = ", ".join(f"{place_of(price)} ({price.date})" for price in stale)
-        notes.append(f"prices seen more than 180 days ago, check them: {listed}")
+        listed = ", ".join(stale)
+        notes.append(f"prices seen more than {STALE_AFTER_DAYS} days ago, check them: {listed}")
     whole = [price for price in prices if price.min_gpus > count]
     if whole:
         listed = ", ".join(f"{place_of(price)} ({price.min_gpus} GPUs)" for price in whole)

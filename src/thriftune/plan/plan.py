@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from thriftune.catalog.rows import Gpu
 from thriftune.engine.sizes import Choice, Keep
-from thriftune.plan.adapter import adapter_of
 from thriftune.plan.advise import (
     Prefer,
     few_rows_warning,
+    more_gpus_note,
     paged_optimizer_note,
     recommend,
     several_gpus_note,
@@ -19,6 +19,7 @@ from thriftune.plan.advise import (
 )
 from thriftune.plan.command import PINNED, train_command
 from thriftune.plan.cost import Market, price_notes, run_dollars
+from thriftune.plan.memory import setup_of, weight_bytes
 from thriftune.plan.search import (
     Candidate,
     Case,
@@ -27,16 +28,18 @@ from thriftune.plan.search import (
     candidates,
     choose,
     longest_that_fits,
+    may_stream,
     smallest_gpu,
 )
 from thriftune.plan.time import efficiency_of
-from thriftune.plan.values import FP8_LORA, Work
+from thriftune.plan.values import FP8_LORA, OFFLOADED, Work
 from thriftune.recipe import cut_schedule
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
 from thriftune.units import format_bytes
 
 METHODS = ("full", "lora", "qlora")  # that are planned when none is named
 KNOWN_METHODS = (*METHODS, "dynamic")
+MORE_GPUS = (2, 4, 8)  # considered where one was asked about
 NO_TIME = "not estimated"  # limited_by where there is no GPU
 NO_CPU_TIME = "time is not estimated for CPUs; `thriftune plan --measure` times a few layers on this one"
 
@@ -44,7 +47,7 @@ NO_CPU_TIME = "time is not estimated for CPUs; `thriftune plan --measure` times 
 @dataclass(frozen=True, slots=True)
 class Question:
     """A case and how its answer is wanted. `data_named`: the rows' lengths are of a person's data, not assumed. With a
-    `stopwatch` the times of what fits are its own instead of the table's."""
+    `stopwatch` the times of what fits are its own instead of the table's. `methods_named`: no others are wanted."""
 
     case: Case
     methods: Sequence[str]
@@ -53,6 +56,7 @@ class Question:
     model_source: str
     notes: tuple[str, ...] = ()
     stopwatch: Stopwatch | None = None
+    methods_named: bool = False
 
 
 def make_plan(question: Question, devices: Sequence[Device], market: Market) -> Plan:
@@ -78,8 +82,9 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     by_name = {plan.method: plan for plan in planned}
     paged = None
     if device.gpu is not None and "qlora" in by_name:
-        no_engine = case.engine_reason("qlora", device, adapter_of(case.shape, case.recipe.lora, "qlora"))
-        paged = paged_optimizer_note(by_name["qlora"], device.gpu, no_engine)
+        whole_bytes = weight_bytes(case.shape, setup_of(case.recipe, "qlora", False, True))
+        no_engine = case.engine_reason("qlora", device)
+        paged = paged_optimizer_note(by_name["qlora"], whole_bytes, device.gpu, no_engine)
     if chosen is None:
         closest = min(planned, key=lambda plan: plan.peak_bytes)
         reasons += [f"{closest.method} {note}" for note in closest.notes]
@@ -91,6 +96,7 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
         command = train_command(case.recipe, chosen, device.count, question.data_named)
     notes = [
         several_gpus_note(device.count, planned),
+        _on_more_gpus(question, device, chosen, market),
         sharded_full_note(by_name.get("full"), device.count) if device.gpu else None,
         stacked_experts_note(case.shape, question.methods),
         paged if chosen is not None else None,
@@ -100,24 +106,43 @@ def plan_gpu(question: Question, device: Device, market: Market) -> GpuPlan:
     return GpuPlan(
         gpu=device.gpu.key if device.gpu else "cpu",
         gpus=device.count,
-        methods=[*planned, *_in_fp8(question, device, market)],
+        methods=[*planned, *_beside(question, by_name, device, market)],
         recommended=Recommendation(method=chosen.method if chosen else None, reasons=reasons, command=command),
         notes=[note for note in notes if note],
     )
 
 
-def _in_fp8(question: Question, device: Device, market: Market) -> list[PlannedMethod]:
-    """LoRA with the base's products in 8-bit floats, as one more line where it could be had: it is never recommended,
-    because what it costs in accuracy is for the user to weigh."""
+def _on_more_gpus(question: Question, device: Device, chosen: PlannedMethod | None, market: Market) -> str | None:
+    """For one GPU on which the method that is taken fits."""
+    if chosen is None or device.gpu is None or device.gpu.unified_memory or device.count > 1 or question.stopwatch:
+        return None
+    several = {
+        count: plan_method(question.case, chosen.method, replace(device, count=count), market) for count in MORE_GPUS
+    }
+    return more_gpus_note(several)
+
+
+def _beside(
+    question: Question, planned: Mapping[str, PlannedMethod], device: Device, market: Market
+) -> list[PlannedMethod]:
+    """Further ways to train, a line each where they could be had and no methods were named. They are never recommended,
+    because what they cost is for the user to weigh: 8-bit products and a rank that falls some accuracy, streaming of
+    layers that would fit the computer's memory."""
     case = question.case
-    if tuple(question.methods) != METHODS or case.recipe.precision != "auto":
+    if question.methods_named or tuple(question.methods) != METHODS or case.recipe.precision != "auto":
         return []
     if device.gpu is None or question.stopwatch is not None:
         return []
+    found = []
     eight = replace(case, recipe=case.recipe.model_copy(update={"precision": "fp8"}))
-    if eight.engine_reason("lora", device, adapter_of(case.shape, case.recipe.lora, "lora")) is not None:
-        return []
-    return [plan_method(eight, "lora", device, market).model_copy(update={"method": FP8_LORA})]
+    if eight.engine_reason("lora", device) is None:
+        found.append(plan_method(eight, "lora", device, market).model_copy(update={"method": FP8_LORA}))
+    found.append(plan_method(case, "dynamic", device, market))
+    if case.engine_reason("qlora", device) is None and "layers_streamed" not in planned["qlora"].settings:
+        away = replace(case, recipe=case.recipe.model_copy(update={"offload": {"resident_layers": 0}}))
+        if may_stream(away.recipe, "qlora", device):
+            found.append(plan_method(away, "qlora", device, market).model_copy(update={"method": OFFLOADED}))
+    return [plan.model_copy(update={"beside": True}) for plan in found]
 
 
 def _notes_of_times(
@@ -143,16 +168,16 @@ def _notes_of_gpu(device: Device, market: Market) -> list[str]:
     notes = []
     if gpu.unified_memory:
         notes.append("thriftune trains on CUDA GPUs and CPUs today; the numbers are what this GPU would need")
-    return [*notes, *price_notes(market.prices_of(gpu), device.count, market.today)]
+    return [*notes, *price_notes(market.prices_of(gpu), market.electricity, device.count, market.today)]
 
 
 def plan_method(
     case: Case, method: str, device: Device, market: Market, stopwatch: Stopwatch | None = None
 ) -> PlannedMethod:
     """One method with the best settings that the recipe leaves open; the smallest ones when nothing fits."""
-    adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
-    reason = case.engine_reason(method, device, adapter)
-    chosen = choose(candidates(case, method, device, adapter), device.usable_bytes)
+    adapter = case.adapter(method)
+    reason = case.engine_reason(method, device)
+    chosen = choose(candidates(case, method, device), device.usable_bytes)
     refused = case.recipe.precision == "fp8" and method != "full" and reason is not None
     fits = not refused and chosen.memory.peak_bytes <= device.usable_bytes
     time, work = chosen.time, chosen.work

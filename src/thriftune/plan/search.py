@@ -48,6 +48,7 @@ class Case:
     rows: Rows
     free: bool = False
     _works: dict[tuple[int, int], Work] = field(default_factory=dict, compare=False)
+    _adapters: dict[str, Adapter] = field(default_factory=dict, compare=False)
 
     def work(self, rows_at_once: int, gpus: int) -> Work:
         """The work of a step with so many rows at once and the recipe's rows a step, drawn once for all methods."""
@@ -55,6 +56,13 @@ class Case:
         if key not in self._works:
             self._works[key] = work_of(self.rows, self.recipe_with(rows_at_once), gpus)
         return self._works[key]
+
+    def adapter(self, method: str) -> Adapter:
+        """What `method` starts to train, matched with the model's modules once. Raises InputError for wrong targets."""
+        key = method if method in ("full", "dynamic") else "lora"
+        if key not in self._adapters:
+            self._adapters[key] = adapter_of(self.shape, self.recipe.adapter_at_start(method), method)
+        return self._adapters[key]
 
     @property
     def rows_a_step(self) -> int:
@@ -67,13 +75,13 @@ class Case:
         changes = {ROWS: rows_at_once, "gradient_accumulation_steps": accumulated}
         return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update=changes)})
 
-    def engine_reason(self, method: str, device: Device, adapter: Adapter) -> str | None:
+    def engine_reason(self, method: str, device: Device) -> str | None:
         """Why such a run does not go through the engine; None when it does."""
-        return device.no_engine or why_not_engine(self.shape, self.recipe, method, adapter, device.gpu)
+        return device.no_engine or why_not_engine(self.shape, self.recipe, method, self.adapter(method), device.gpu)
 
     def check_precision(self, method: str, device: Device) -> None:
         """Raise InputError when the recipe asks for 8-bit products and the engine does not take such a run."""
-        reason = self.engine_reason(method, device, adapter_of(self.shape, self.recipe.lora, method))
+        reason = self.engine_reason(method, device)
         if reason is not None:
             refuse_fp8(self.recipe, reason)
 
@@ -87,7 +95,7 @@ class Case:
         """The same rows with at most `length` tokens; answers stand at a row's end and are cut last."""
         tokens = tuple(min(count, length) for count in self.rows.tokens)
         targets = tuple(min(count, length - 1) for count in self.rows.targets)
-        return Case(self.shape, self.recipe, replace(self.rows, tokens=tokens, targets=targets), self.free)
+        return replace(self, rows=replace(self.rows, tokens=tokens, targets=targets), _works={})
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +166,13 @@ def allowed_settings(case: Case) -> Iterator[tuple[int, bool]]:
                 yield count, recompute
 
 
-def candidates(case: Case, method: str, device: Device, adapter: Adapter | None = None) -> list[Candidate]:
+def candidates(case: Case, method: str, device: Device) -> list[Candidate]:
     """Every way the recipe leaves open, in the order of `allowed_settings`; through the engine, which chooses for
     itself, the way that it will choose. Raises InputError for wrong targets."""
-    adapter = adapter or adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
+    adapter = case.adapter(method)
     optimizers = optimizers_of(case.recipe, method, device.gpu is not None)
-    if case.engine_reason(method, device, adapter) is None:
-        return _engine_candidates(case, method, device, adapter, optimizers)
+    if case.engine_reason(method, device) is None:
+        return _engine_candidates(case, method, device, optimizers)
     found = []
     for rows_at_once, recompute in allowed_settings(case):
         setup = setup_of(case.recipe, method, recompute, device.gpu is not None)
@@ -178,14 +186,12 @@ def candidates(case: Case, method: str, device: Device, adapter: Adapter | None 
     return found
 
 
-def _engine_candidates(
-    case: Case, method: str, device: Device, adapter: Adapter, optimizers: Sequence[str]
-) -> list[Candidate]:
+def _engine_candidates(case: Case, method: str, device: Device, optimizers: Sequence[str]) -> list[Candidate]:
     """One for each optimizer. Layers are streamed where the recipe says how many stay; else where they do not fit, and
     where they do only with steps cut into so small parts that streaming is clearly faster."""
-    ways = [_engine_candidate(case, method, device, adapter, name) for name in optimizers]
-    if _may_stream(case.recipe, method, device):
-        others = [_streamed_candidate(case, method, device, adapter, name) for name in optimizers]
+    ways = [_engine_candidate(case, method, device, name) for name in optimizers]
+    if may_stream(case.recipe, method, device):
+        others = [_streamed_candidate(case, method, device, name) for name in optimizers]
         if case.recipe.resident_layers is not None:
             ways = others
         else:
@@ -196,12 +202,12 @@ def _engine_candidates(
     return [replace(way, least_bytes=least) for way in ways]
 
 
-def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
+def _engine_candidate(case: Case, method: str, device: Device, optimizer: str) -> Candidate:
     """What the engine will choose with this memory; the least that it can run with, when that is too little."""
     gpu, rows_at_once = device.gpu, case.recipe.train.per_device_train_batch_size
     work = case.work(rows_at_once, device.count)
     setup = setup_of(case.recipe, method, False, gpu is not None, optimizer)
-    engine = engine_case(case.shape, adapter, setup, gpu)
+    engine = engine_case(case.shape, case.adapter(method), setup, gpu)
     chosen = engine_choice(engine, case.recipe, work.packed, device.usable_bytes)
     taken = engine_memory(engine, chosen, work.packed)
     least_bytes = taken.peak_bytes  # on a CPU, whose memory the engine does not count
@@ -217,19 +223,21 @@ def _engine_candidate(case: Case, method: str, device: Device, adapter: Adapter,
     return Candidate(rows_at_once, accumulation, recomputes, work, taken, time, optimizer, chosen, least_bytes)
 
 
-def _streamed_candidate(case: Case, method: str, device: Device, adapter: Adapter, optimizer: str) -> Candidate:
+def _streamed_candidate(case: Case, method: str, device: Device, optimizer: str) -> Candidate:
     """With as many layers on the GPU as this memory holds, and the others streamed."""
     rows_at_once = case.recipe.train.per_device_train_batch_size
     work = case.work(rows_at_once, device.count)
     setup = setup_of(case.recipe, method, False, device.gpu is not None, optimizer)
-    way = streamed(engine_case(case.shape, adapter, setup, device.gpu), case.recipe, work, device.usable_bytes)
+    way = streamed(
+        engine_case(case.shape, case.adapter(method), setup, device.gpu), case.recipe, work, device.usable_bytes
+    )
     accumulation = case.rows_a_step // rows_at_once
     return Candidate(
         rows_at_once, accumulation, True, work, way.memory, way.time, optimizer, way.choice, way.least_bytes, way
     )
 
 
-def _may_stream(recipe: Recipe, method: str, device: Device) -> bool:
+def may_stream(recipe: Recipe, method: str, device: Device) -> bool:
     """On one GPU, with layers that keep their input alone; where memory is not counted, only if the recipe asks."""
     if method != "qlora" or recipe.offload == "off" or recipe.train.gradient_checkpointing == "off" or device.count > 1:
         return False
@@ -247,9 +255,9 @@ def choose(found: Iterable[Candidate], usable_bytes: int) -> Candidate:
 
 def least_bytes(case: Case, method: str, device: Device, like: Candidate) -> int:
     """Bytes at the peak with the smallest settings: those of `like`, or the engine's least."""
-    adapter = adapter_of(case.shape, case.recipe.adapter_at_start(method), method)
-    if case.engine_reason(method, device, adapter) is None:
-        return min(way.least_bytes or 0 for way in candidates(case, method, device, adapter))
+    if case.engine_reason(method, device) is None:
+        return min(way.least_bytes or 0 for way in candidates(case, method, device))
+    adapter = case.adapter(method)
     setup = setup_of(case.recipe, method, like.checkpointing, device.gpu is not None)
     return memory_of(case.shape, adapter, setup, case.work(like.rows_at_once, device.count), device.gpu).peak_bytes
 

@@ -7,12 +7,14 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from thriftune.catalog.rows import STALE_AFTER_DAYS
 from thriftune.plan.cost import ELECTRICITY, cheapest
-from thriftune.plan.values import FP8_LORA, PARTS
+from thriftune.plan.values import PARTS
 from thriftune.records import GpuPlan, Plan, PlannedMethod
 from thriftune.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
 
 WIDTH = 100
+OLD_PRICES = f"old: seen more than {STALE_AFTER_DAYS} days ago; prices of your own go into ~/.config/thriftune/*.yaml"
 ARTICLE_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "dynamic": "dynamic rank"}
 
 
@@ -36,9 +38,15 @@ def _gpu_lines(found: GpuPlan, article: bool) -> list[str]:
     lines = [f"{name}: {format_bytes(found.methods[0].usable_bytes)} usable" + (" each" if found.gpus > 1 else "")]
     lines += _indented(_article_rows(found) if article else _method_rows(found.methods))
     if not article:
-        own = [plan for plan in found.methods if plan.method != FP8_LORA]
-        trained = (f"{plan.method} {_trainable_words(plan)}" for plan in own)
-        lines += [f"  trainable parameters: {', '.join(trained)}", "", *_indented(_part_rows(found.methods))]
+        own = [plan for plan in found.methods if not plan.beside]
+        counts = {plan.trainable_parameters for plan in own}
+        others = [plan for plan in found.methods if plan.trainable_parameters not in counts]
+        trained = (f"{plan.method} {_trainable_words(plan)}" for plan in (*own, *others))
+        lines += [
+            *_wrapped(f"  trainable parameters: {', '.join(trained)}", "    "),
+            "",
+            *_indented(_part_rows(found.methods)),
+        ]
         for plan in own:
             if not plan.fits:
                 word = "fit" if plan.peak_bytes > plan.usable_bytes else "run"
@@ -47,9 +55,9 @@ def _gpu_lines(found: GpuPlan, article: bool) -> list[str]:
     lines += ["", *_listed(f"recommended: {chosen.method or 'nothing here'}", chosen.reasons)]
     if chosen.command is not None:
         lines += ["", *_command_lines(chosen.command)]
-    for plan in found.methods:
-        if plan.method == chosen.method and plan.cost_usd:
-            lines += ["", *_listed(f"the run ({format_seconds(plan.run_s)}) costs", [_costs(plan)])]
+    costs = _cost_rows([plan for plan in found.methods if not (article and plan.beside)])
+    if costs:
+        lines += ["", *_indented(costs)]
     if found.notes:
         lines += ["", *_listed(f"about {name}", found.notes)]
     return lines
@@ -60,7 +68,7 @@ def _method_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
     for plan in methods:
         rows.append(
             [
-                plan.method,
+                _name(plan),
                 fit_words(plan),
                 format_bytes(plan.peak_bytes),
                 *_pace(plan),
@@ -69,6 +77,12 @@ def _method_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _name(plan: PlannedMethod) -> str:
+    """With a mark where not all layers fit and the others are streamed from the computer's memory."""
+    marked = not plan.beside and plan.settings.get("layers_streamed")
+    return f"{plan.method} (streamed)" if marked else plan.method
 
 
 def _trainable_words(plan: PlannedMethod) -> str:
@@ -103,12 +117,14 @@ def dollars(amount: float) -> str:
     """Two digits that mean something: $0.0031, $0.42, $13.20, $640."""
     if amount >= 100:
         return f"${amount:,.0f}"
+    if 0 < amount < 0.0001:
+        return "<$0.0001"
     return f"${amount:.2f}" if amount >= 0.095 or not amount else f"${amount:.2g}"
 
 
 def _part_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
-    small = max(plan.peak_bytes for plan in methods) < 2 * GIB
-    unit, digits, name = (MIB, 1, "MiB") if small else (GIB, 2, "GiB")
+    most = max(plan.peak_bytes for plan in methods)
+    unit, digits, name = (MIB, 1, "MiB") if most < 2 * GIB else (GIB, 2 if most < 1000 * GIB else 1, "GiB")
     rows = [[name, *PARTS, "peak"]]
     for plan in methods:
         sizes = (*(plan.memory[part] for part in PARTS), plan.peak_bytes)
@@ -117,7 +133,7 @@ def _part_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
 
 
 def _article_rows(found: GpuPlan) -> list[list[str]]:
-    methods = [plan for plan in found.methods if plan.method != FP8_LORA]
+    methods = [plan for plan in found.methods if not plan.beside]
     settings = methods[0].settings
     span = f"for {settings['max_steps']:,} steps" if "max_steps" in settings else "an epoch"
     epochs = settings.get("num_train_epochs", 1.0)
@@ -141,18 +157,24 @@ def _money(plan: PlannedMethod, found: tuple[str, float] | None, epochs: float) 
     return dollars(found[1] / epochs) if found and _has_time(plan) else "-"
 
 
-def _costs(plan: PlannedMethod) -> str:
-    ordered = sorted(plan.cost_usd.items(), key=lambda item: item[1])
-    return "; ".join(f"{place} {dollars(amount)}" for place, amount in ordered)
+def _cost_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
+    """The whole run's price at each place, cheapest first, for every method that fits; empty where no time is known."""
+    able = [plan for plan in methods if _has_time(plan) and plan.cost_usd]
+    if not able:
+        return []
+    places = sorted(able[0].cost_usd, key=lambda place: able[0].cost_usd[place])
+    head = ["the run costs", *(plan.method for plan in able)]
+    return [head, *([place, *(dollars(plan.cost_usd[place]) for plan in able)] for place in places)]
 
 
 def _indented(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest cell: the first to the left, the others to the right, text after numbers left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    gap = "  " if 2 + sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells).rstrip())
+        lines.append("  " + gap.join(cells).rstrip())
     return lines
 
 
@@ -230,7 +252,10 @@ def gpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['power_w']:.0f}",
                 f"{price:.2f}" if price is not None else "-",
                 row["provider"] or "-",
-                row["price_date"] or "-",
+                f"{row['price_date'] or '-'}{' old' if row['price_is_old'] else ''}",
             ]
         )
-    return "\n".join(line.removeprefix("  ") for line in _indented(cells))
+    lines = [line.removeprefix("  ") for line in _indented(cells)]
+    if any(row["price_is_old"] for row in rows):
+        lines += ["", OLD_PRICES]
+    return "\n".join(lines)

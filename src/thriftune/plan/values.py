@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FP8_LORA = "lora-fp8"  # a line of the plan beside lora's: method lora with precision=fp8
+OFFLOADED = "qlora-offload"  # and beside qlora's, where its layers fit: all of them streamed, for the least memory
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 LimitedBy = Literal["compute", "memory bandwidth", "link", "launches"]
 Path = Literal["generic", "engine"]

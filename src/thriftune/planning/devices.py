@@ -153,6 +153,7 @@ def list_gpus() -> list[dict[str, Any]]:
             "usd_per_hour": offers[0].usd_per_hour if offers else None,
             "provider": place_of(offers[0]) if offers else None,
             "price_date": offers[0].date.isoformat() if offers else None,
+            "price_is_old": bool(offers) and offers[0].is_stale(market.today),
         }
         found.append(row)
     return found

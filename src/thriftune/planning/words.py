@@ -58,6 +58,7 @@ def ask(
         data_named=data_named,
         model_source=model.source,
         notes=(*model.notes, *notes, *row_notes),
+        methods_named=bool(methods) and list(methods) != ["auto"],
     )
     return question, model.config
 

@@ -24,7 +24,9 @@ SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, defer_build=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings"
+    )
 
 
 class Lengths(Record):
@@ -163,6 +165,7 @@ class PlannedMethod(Record):
     settings: dict[str, Any] = Field(description="recipe options that the numbers hold for, and the engine's choices")
     path: Literal["engine", "generic"] = "generic"
     least_bytes: int | None = Field(None, description="the peak with which the engine could do, given less memory")
+    beside: bool = Field(False, description="shown beside the methods asked about, and never recommended")
     notes: list[str] = Field(default_factory=list)
 
 

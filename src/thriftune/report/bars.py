@@ -103,15 +103,21 @@ def agreement_figure(report: ReportRecord, looks_of: dict[str, Look]) -> Figure 
     patterns, rest = report.patterns[:MOST_PATTERNS], report.patterns[MOST_PATTERNS:]
     largest = max(pattern.rows for pattern in patterns)
     total = sum(pattern.rows for pattern in report.patterns)
+    tags = [looks_of[name].tag for name in names]
+    longest = max(map(text_width, tags))
+
+    def column_of(width: float) -> float:
+        return min(max(24.0, longest + 10), (width - 130) / len(names))
+
+    key = ""
+    if longest + 4 > column_of(NARROW):
+        tags = [_letter(report, name) for name in names]
+        key = f" {', '.join(f'{tag}: {looks_of[name].label}' for tag, name in zip(tags, names, strict=True))}."
 
     def draw(width: float) -> Drawing:
         lines = len(patterns) + (1 if rest else 0)
         drawing = Drawing(width, 40 + 24 * lines)
-        tags = [looks_of[name].tag for name in names]
-        longest = max(map(text_width, tags))
-        column = min(max(24.0, longest + 10), (width - 130) / len(names))
-        if longest + 4 > column:
-            tags = [_letter(report, name) for name in names]
+        column = column_of(width)
         for place, tag in enumerate(tags):
             drawing.text(column * (place + 0.5), 14, tag, f"t label {looks_of[names[place]].colour}", "middle")
         bars = Axis(0, largest, column * len(names) + 12, width - 96)
@@ -127,7 +133,7 @@ def agreement_figure(report: ReportRecord, looks_of: dict[str, Look]) -> Figure 
     told = "; ".join(f"{names}: {pattern.rows:,}" for names, pattern in zip(right, patterns, strict=True))
     caption = (
         f"Each line is a set of methods that are right on the same rows, of {total:,} in all. A filled dot: right, in "
-        "most of its seeds."
+        f"most of its seeds.{key}"
     )
     return figure("Who is right on which rows", caption, draw, told, True)
 

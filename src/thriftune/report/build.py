@@ -24,7 +24,13 @@ NO_METRIC = Metric("score", True, False, False)
 
 
 def build_report(
-    cells: Sequence[Cell], *, title: str, market: Market, search: dict[str, Any] | None, notes: Sequence[str]
+    cells: Sequence[Cell],
+    *,
+    title: str,
+    market: Market,
+    search: dict[str, Any] | None,
+    notes: Sequence[str],
+    gpu: str | None = None,
 ) -> ReportRecord:
     """The report of cells that may stand in one table.
 
@@ -34,9 +40,10 @@ def build_report(
         market: GPUs and prices, for the rent of the measured time.
         search: what a learning-rate search found, in the shape that `search_table` reads; None without one.
         notes: sentences that a reader should know, shown with the table.
+        gpu: name of the GPU whose price counts, instead of the one that the cells ran on.
 
     Raises:
-        InputError: no cells, or cells that are not comparable, with every reason.
+        InputError: no cells, an unknown `gpu`, or cells that are not comparable, with every reason.
     """
     if not cells:
         raise InputError(given="no cells", allowed="one cell or more", do="run a comparison first")
@@ -47,7 +54,7 @@ def build_report(
     metric = metric_of(results) if results else NO_METRIC
     rows = all_row_scores(variants)
     scores = [score(variant, metric, rows) if variant.done else None for variant in variants]
-    rent = rent_of(kept, market)
+    rent = rent_of(kept, market, gpu)
     table = table_rows(variants, metric, scores, rent)
     done = [variant for variant in variants if variant.done]
     pairs = compare_pairs(done, metric, rows)

@@ -17,7 +17,7 @@ from thriftune.report.text import (
     undone_lines,
     value_words,
 )
-from thriftune.report.wording import DASH, score_text
+from thriftune.report.wording import DASH, cell_words
 from thriftune.units import format_bytes
 
 PLACES = 4  # of a loss curve, besides its start
@@ -179,6 +179,6 @@ def _recipes(report: ReportRecord) -> Iterator[str]:
     for number, cell in enumerate(cell for cell in report.cells if cell.recipe):
         if number == 0:
             yield "## Every recipe"
-        value = score_text(cell.value, metric) if cell.value is not None else DASH
-        yield f"### {plain(cell.name)} ({value})"
+        words = cell_words(cell.value, cell.low, cell.high, metric) or DASH
+        yield f"### {plain(cell.name)}: {words}"
         yield _fenced(cell.recipe, "yaml")

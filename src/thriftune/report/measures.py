@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from thriftune.catalog.gpus import find_gpu
 from thriftune.catalog.rows import Price
 from thriftune.errors import InputError
-from thriftune.plan.cost import Market, place_of
+from thriftune.plan.cost import Market, place_of, seen_words
 from thriftune.plan.show import dollars
 from thriftune.records import PlannedMethod, ReportRow, ReportValue
 from thriftune.report.cells import BASE, Cell
@@ -28,11 +28,12 @@ SAME_SHARE = 0.01  # a spread below this share of its mean is not worth a number
 
 @dataclass(frozen=True)
 class Rent:
-    """Where the GPU that the cells ran on is cheapest; or `why` there is no price."""
+    """The cheapest on-demand offer of the GPU that the cells ran on, or that was chosen instead; or `why` there is no
+    price. `note` names place and price."""
 
     price: Price | None
-    gpu: str
     why: str
+    note: str = ""
 
     def of(self, duration_s: float) -> float | None:
         if self.price is None:
@@ -57,21 +58,28 @@ class _Line:
     signed: bool = False
 
 
-def rent_of(cells: Sequence[Cell], market: Market) -> Rent:
+def rent_of(cells: Sequence[Cell], market: Market, chosen: str | None) -> Rent:
+    """With the price of the GPU called `chosen`, else of the cells' own. Raises InputError for an unknown choice."""
+    known = {row.key: row for row in market.gpus}
+    instead = find_gpu(chosen, known) if chosen is not None else None
     machines = [cell.run.hardware for cell in cells if cell.run]
     if not machines:
-        return Rent(None, "", NO_RUN)
+        return Rent(None, NO_RUN)
     name = next((str(machine["gpu"]) for machine in machines if machine.get("gpu")), None)
     if name is None:
-        return Rent(None, "", "trained on a CPU, which has no rent in the catalogue")
+        return Rent(None, "trained on a CPU, which has no rent in the catalogue")
     try:
-        gpu = find_gpu(name, {row.key: row for row in market.gpus})
+        gpu = instead or find_gpu(name, known)
     except InputError:
-        return Rent(None, name, f"the catalogue has no GPU called {name}")
-    offers = sorted(market.prices_of(gpu), key=lambda price: price.usd_per_hour * price.min_gpus)
-    if not offers:
-        return Rent(None, gpu.name, f"the catalogue has no price of {gpu.key}")
-    return Rent(offers[0], gpu.name, "")
+        return Rent(None, f"the catalogue has no GPU called {name}")
+    offer = market.usual_offer(gpu)
+    if offer is None:
+        return Rent(None, f"the catalogue has no on-demand price of {gpu.key}")
+    several = f" for {offer.min_gpus} GPUs, the fewest rented out" if offer.min_gpus > 1 else ""
+    seen = seen_words(offer, market.today)
+    elsewhere = f"; times are of {name}" if instead is not None and gpu.name != name else ""
+    hourly = offer.usd_per_hour * offer.min_gpus
+    return Rent(offer, "", f"{gpu.name} at {place_of(offer)}, ${hourly:.2f} an hour{several}, {seen}{elsewhere}")
 
 
 def table_rows(
@@ -160,12 +168,6 @@ def _process_lines() -> list[_Line]:
 
 def _time_lines(on_cpu: bool, rent: Rent) -> list[_Line]:
     no_time = "time is not planned for CPUs" if on_cpu else NO_PLAN
-    price = rent.price
-    place = ""
-    if price:
-        several = f" for {price.min_gpus} GPUs, the fewest rented out" if price.min_gpus > 1 else ""
-        cost = price.usd_per_hour * price.min_gpus
-        place = f"{rent.gpu} at {place_of(price)}, ${cost:.2f} an hour{several}, seen {price.date}"
 
     def planned_epoch(cell: Cell) -> float | None:
         plan = plan_of(cell)
@@ -185,12 +187,12 @@ def _time_lines(on_cpu: bool, rent: Rent) -> list[_Line]:
         _Line("train", TIME, "The whole training", "s", _run(lambda run: run.train_s or None), format_seconds, NO_RUN),
         _Line(
             *("rent_planned", TIME, "Rent of the training, planned", "USD", planned_rent, dollars),
-            *(rent.why or no_time, place),
+            *(rent.why or no_time, rent.note),
             planned=True,
         ),
         _Line(
             *("rent_measured", TIME, "Rent of the training, as timed", "USD"),
-            *(_run(lambda run: rent.of(run.train_s)), dollars, rent.why or NO_RUN, place),
+            *(_run(lambda run: rent.of(run.train_s)), dollars, rent.why or NO_RUN, rent.note),
         ),
         _Line(
             *("tokens_per_s", TIME, "Tokens a second", "tokens/s", _run(lambda run: run.tokens_per_s or None)),

@@ -16,7 +16,7 @@ from thriftune.report.plots import Figure, cost_figures, looks, loss_figure
 from thriftune.report.ranks import rank_figures
 from thriftune.report.search import search_table
 from thriftune.report.text import about, heading, in_short, labels, metric_as_shown, undone_lines
-from thriftune.report.wording import STATUS_WORDS, difference_range, difference_text, p_text, score_text
+from thriftune.report.wording import STATUS_WORDS, cell_words, difference_range, difference_text, p_text
 from thriftune.units import format_bytes
 
 
@@ -49,13 +49,15 @@ def report_page(report: ReportRecord) -> str:
         other_pairs=rest,
         undone=undone_lines(report),
         search=search_table(report.search),
-        cell_scores=[_score(report, cell.value) for cell in report.cells],
+        cell_scores=[cell_words(cell.value, cell.low, cell.high, metric_as_shown(report)) for cell in report.cells],
+        hardware=_hardware(report),
         status_words=STATUS_WORDS,
     )
 
 
 def unbroken(text: str) -> str:
-    """No line ends between a number and its unit."""
+    """No line ends between a number and its unit, and none within p = 1."""
+    text = re.sub(r"\bp = (?=\d)", "p\u00a0=\u00a0", text)
     return re.sub(r"(?<=\d) (?=(%|x|[KMGT]iB|points|s|min|h)\b|%)", "\u00a0", text)
 
 
@@ -96,6 +98,14 @@ def _machine(report: ReportRecord) -> str:
     return ""
 
 
+def _hardware(report: ReportRecord) -> dict[str, str]:
+    """What the records say of the machine, sizes in words."""
+    return {
+        name.removesuffix("_bytes").replace("_", " "): format_bytes(value) if name.endswith("_bytes") else str(value)
+        for name, value in report.hardware.items()
+    }
+
+
 def _reasons(report: ReportRecord) -> dict[str, str]:
     """Why there is a dash -> the letter that stands beside it."""
     reasons = dict.fromkeys(value.missing for row in report.table for value in row.values if value.missing)
@@ -129,7 +139,3 @@ def _tested(pair: PairTest, report: ReportRecord, mark: str) -> dict[str, Any]:
         "p": p_text(pair.adjusted_p_value),
         "words": "a difference is shown" if pair.shown else "no difference shown",
     }
-
-
-def _score(report: ReportRecord, value: float | None) -> str:
-    return score_text(value, metric_as_shown(report)) if value is not None else ""

@@ -209,9 +209,12 @@ def _cost_figure(
     metric = metric_as_shown(report)
     base = next((variant for variant in report.variants if variant.method == BASE), None)
     base_score = rows["score"].values[report.variants.index(base)].mean if base else None
+    joins = "The line joins what nothing else beats"
+    if len(front) < 2:
+        joins = f"Nothing else beats {' or '.join(looks_of[name].label for name in front)}"
     caption = (
-        "Bars are 95 % intervals, small dots single seeds. The line joins what nothing else beats: no other method "
-        "needs clearly less and is as good, by the tests below."
+        f"Bars are 95 % intervals, small dots single seeds. {joins}: no other method needs clearly less and is as "
+        "good, by the tests below."
     )
     caption += f" Rent: {rows[key].note}." if rows[key].unit == "USD" else ""
 
@@ -260,13 +263,16 @@ def _spots(report: ReportRecord, rows: dict[str, ReportRow], key: str) -> list[_
 
 
 def front_of(report: ReportRecord, spots: Sequence[_Spot]) -> set[str]:
-    """Variants that no other one makes needless: one that needs clearly less and is not shown to be worse, or needs no
-    more and is shown to be better."""
+    """Variants that no other one makes needless: one that needs clearly less and is not shown to be worse, needs no
+    more and is shown to be better, or is on the better side in both, however little, so that the line never turns
+    back."""
     shown = {frozenset((pair.first, pair.second)) for pair in report.pairs if pair.shown}
 
     def needless(spot: _Spot, other: _Spot) -> bool:
         differs = frozenset((spot.name, other.name)) in shown
         better = (other.y > spot.y) == report.higher_is_better
+        if better and other.x <= spot.x:
+            return True
         if differs:
             return better and other.x <= 1.02 * spot.x
         return other.x < 0.98 * spot.x

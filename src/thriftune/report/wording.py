@@ -33,6 +33,14 @@ def range_text(low: float, high: float, metric: Metric) -> str:
     return f"{low:.4g} to {high:.4g}"
 
 
+def cell_words(value: float | None, low: float | None, high: float | None, metric: Metric) -> str:
+    """'87.0 % (84.2 to 89.3 %)': one cell's score with the interval of its test rows; '' where it has none."""
+    if value is None:
+        return ""
+    between = f" ({range_text(low, high, metric)})" if low is not None and high is not None else ""
+    return score_text(value, metric) + between
+
+
 def difference_text(value: float, metric: Metric) -> str:
     """'+0.4 points', '-0.012 nats a token': what a pair's difference is measured in."""
     if metric.as_percent:

@@ -37,6 +37,7 @@ FAMILIES: dict[str, Callable[[Fields], ModelShape]] = {
     "gemma4_text": gemma4,
 }
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+UNCOUNTED_KEYS = ("hybrid_override_pattern", "linear_attn_config", "mamba_d_state", "mamba_num_heads", "ssm_state_size")
 OTHER_SENSES = ("vision_config", "audio_config", "vision_tower")
 
 
@@ -128,7 +129,13 @@ def _names_experts(fields: Fields) -> bool:
 
 
 def _estimate(fields: Fields) -> ModelShape:
-    """A decoder as most are: grouped-query attention, gated MLP or experts in every layer, two norms."""
+    """A decoder as most are: grouped-query attention, gated MLP or experts in every layer, two norms. One with layers
+    of another kind would be miscounted several times over, and is refused."""
+    other_kinds = [key for key in UNCOUNTED_KEYS if fields.has(key)]
+    if other_kinds:
+        fields.conflicts.append(
+            f"{', '.join(other_kinds)}: layers of a kind (state-space, linear attention) that no formula here counts"
+        )
     sizes = read_heads(fields)
     bias = fields.flag("attention_bias")
     if _names_experts(fields):
