@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "engine": {"recipe", "data", "kernels"},
     "train": {"recipe", "records", "data", "methods.base"},
-    "infer": {"recipe", "data", "models", "methods"},
+    "infer": {"recipe", "model_files", "data", "models", "methods"},
     "evaluate": {"recipe", "records", "data", "infer"},
     "console": {"recipe", "records"},
     "machine": set(),
@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": set(),
     "plan": {"recipe", "records", "shapes", "catalog", "engine.sizes", "engine.takes", "engine.offload"},
     "target": {"recipe", "records", "data", "models", "methods", "hub"},
-    "merging": {"recipe", "records", "data", "models", "methods", "infer", "target"},
+    "merging": {"recipe", "records", "data", "models", "methods", "engine", "infer", "target"},
     "shrinking": {"recipe", "lowrank", "methods", "infer", "target"},
     "planning": {"recipe", "records", "hub", "model_files", "data", "shapes", "catalog", "plan"},
     "measure": {

@@ -24,6 +24,7 @@ from thriftune.models.load import (
     load_tokenizer,
     refuse_unfilled,
 )
+from thriftune.models.outline import build_empty
 from thriftune.models.surgery import keep_four_bit_weights_as_they_are
 from thriftune.recipe import ModelRecipe, QuantRecipe
 
@@ -59,18 +60,7 @@ def empty_shell(
     config: Any, *, device: torch.device, dtype: torch.dtype, attention: str, quant: QuantRecipe
 ) -> nn.Module:
     """The model of a configuration with nothing in it, its layers' linears as they stay."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            given=f"no causal language model can be built from this config: {str(error).strip().splitlines()[0][:300]}",
-            allowed="architectures and attn_implementation of the installed transformers",
-            do="check model_type in config.json, or use attn_implementation=sdpa",
-        ) from None
+    network = build_empty(config, dtype, attention)
     head = network.get_output_embeddings()
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
