@@ -56,13 +56,14 @@ ALLOWED: dict[str, set[str]] = {
         *{"recipe", "records", "hub", "data", "models", "methods", "train", "infer", "evaluate", "pocket", "machine"},
         *{"planning", "plan", "shapes", "catalog", "engine", "model_files", "run_path"},
     },
-    "serving": {"recipe", "records", "data", "infer", "evaluate", "target", "machine"},
+    "opening": {"recipe", "data", "plan", "models", "engine", "run_path", "target"},
+    "serving": {"recipe", "records", "data", "infer", "evaluate", "target", "opening", "machine"},
     "demo": {"records", "report", "compare"},
     "doctor": {"hub", "machine"},
     "report": {"recipe", "records", "shapes", "catalog", "plan"},
     "compare": {
         *{"recipe", "records", "data", "infer", "evaluate", "models", "methods", "train", "target", "run", "serving"},
-        *{"planning", "plan", "catalog", "report", "console", "machine"},
+        *{"planning", "plan", "catalog", "report", "console", "machine", "opening"},
     },
     "federated": {
         *{"recipe", "records", "data", "models", "methods", "train", "evaluate", "target", "run", "console"},
