@@ -159,6 +159,12 @@ def offload_record(path: Any, metrics: Path) -> OffloadRecord | None:
     )
 
 
+def let_go(path: Any) -> None:
+    """To be called when a run is over: what it pinned of the host's memory is free for what comes after it."""
+    if isinstance(path, StreamedPath):
+        path.close()
+
+
 def _not_taken(reason: str) -> ModelError:
     return ModelError(
         given=f"layers are to be streamed, and the engine does not take this run: {reason}",

@@ -133,6 +133,13 @@ class Hosted:
             block.release()
         return found
 
+    def close(self) -> None:
+        """Let go of all pinned memory. What was read into it is not to be used after this."""
+        for block in [*self.blocks.values(), *self.staging]:
+            block.release()
+        self.blocks.clear()
+        self.staging.clear()
+
     @property
     def bytes(self) -> int:
         return sum(block.bytes.numel() for block in [*self.blocks.values(), *self.staging])
