@@ -13,6 +13,7 @@ from test_streaming import EarlyLane, LateLane
 from adapter_runs import CPU, IDS_BT, make_run
 from small_models import make_model
 from thriftune import opening, serving
+from thriftune.compare import cell
 from thriftune.engine import passing
 from thriftune.engine.passing import bytes_of_token, share_out
 from thriftune.errors import InputError, ModelError
@@ -265,6 +266,11 @@ def test_where_memory_is_short_layers_are_streamed_and_it_is_said(folders, tmp_p
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(text.replace("offload: auto", "offload: off"))
     assert opened(run).rows_at_once is None
+
+
+def test_a_comparison_does_not_merge_what_does_not_fit(folders, tmp_path) -> None:
+    waited_s, note = cell._merged_first_token_s(opened(run_of(tmp_path / "run", folders["llama"], 0)), [[5]], CPU)
+    assert waited_s is None and "layers are streamed" in note
 
 
 def test_the_command_line_changes_what_stays(folders, tmp_path, capsys) -> None:
