@@ -34,6 +34,7 @@ from thriftune.models.load import ModelDescription, choose_dtype
 from thriftune.models.outline import Weights, outline, write_description
 from thriftune.models.surgery import dequantise
 from thriftune.recipe import DataRecipe, ModelRecipe
+from thriftune.run_path import hold_memory
 from thriftune.target import Target, adapter_config, attach_adapter, find_adapter, load_base
 
 # A 16-bit model is loaded to compare logits where it leaves this free: what the probes compute with.
@@ -73,6 +74,7 @@ def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:
     """
     target, adapter = find_adapter(name, "merge")
     refuse_taken(output)
+    hold_memory(device, target.recipe, 0)
     description = describe_model(target.base)
     dtype = STORED_DTYPES.get(description.stored_dtype or "", torch.bfloat16)
     ready = by_tensor(target, adapter, description, dtype, device)

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": set(),
     "plan": {"recipe", "records", "shapes", "catalog", "engine.sizes", "engine.takes", "engine.offload"},
     "target": {"recipe", "records", "data", "models", "methods", "hub"},
-    "merging": {"recipe", "records", "data", "models", "methods", "engine", "infer", "target"},
+    "merging": {"recipe", "records", "data", "models", "methods", "engine", "infer", "run_path", "target"},
     "shrinking": {"recipe", "lowrank", "methods", "infer", "target"},
     "planning": {"recipe", "records", "hub", "model_files", "data", "shapes", "catalog", "plan"},
     "measure": {

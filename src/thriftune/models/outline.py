@@ -89,12 +89,12 @@ class Weights:
     def of(cls, network: Any) -> Weights:
         from transformers.pytorch_utils import Conv1D
         from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.quantizers_utils import should_convert_module
 
-        kept = set(get_keys_to_not_convert(network))
+        kept = get_keys_to_not_convert(network)
         modules = dict(network.named_modules())
-        quantised = {f"{name}.weight" for name, module in modules.items() if type(module) is nn.Linear} - {
-            f"{name}.weight" for name in kept
-        }
+        linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+        quantised = {f"{name}.weight" for name in linears if should_convert_module(name, kept)}
         parameters = dict(network.named_parameters())
         tied = {name for name, _ in network.named_parameters(remove_duplicate=False)} - parameters.keys()
         saved = {name: value for name, value in network.state_dict().items() if name not in tied}
