@@ -82,9 +82,10 @@ def load_base(
 
 def hold_memory(device: torch.device, recipe: Recipe, beside_bytes: int) -> None:
     """Hold PyTorch's allocator to what `max_memory` leaves beside the driver's context and `beside_bytes`, which lie
-    outside it. On a CPU the plan has refused it. Raises InputError when nothing is left."""
+    outside it. Without effect on a CPU: training refuses it there, and what was trained on a GPU may be used. Raises
+    InputError when nothing is left."""
     cap = recipe.max_memory_bytes
-    if cap is None:
+    if cap is None or device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = min(total, cap - OUTSIDE_BYTES - beside_bytes)
@@ -156,6 +157,12 @@ def offload_record(path: Any, metrics: Path) -> OffloadRecord | None:
         compute_s=middle(lambda step: step.step_s - (step.waited_s or 0.0)),
         step_s=middle(lambda step: step.step_s),
     )
+
+
+def let_go(path: Any) -> None:
+    """To be called when a run is over: what it pinned of the host's memory is free for what comes after it."""
+    if isinstance(path, StreamedPath):
+        path.close()
 
 
 def _not_taken(reason: str) -> ModelError:

@@ -16,15 +16,28 @@ from rich.console import Console
 
 from thriftune.data import load_file
 from thriftune.errors import OutputError
-from thriftune.evaluate import GENERAL, GSM8K_FEW_SHOT, HARNESS, TASKS, check_task, evaluate, file_label, is_own
+from thriftune.evaluate import (
+    GENERAL,
+    GSM8K_FEW_SHOT,
+    HARNESS,
+    PERPLEXITY,
+    TASKS,
+    check_task,
+    evaluate,
+    file_label,
+    is_own,
+)
 from thriftune.infer.batching import Progress, ProgressCallback
 from thriftune.infer.chat import chat_loop
 from thriftune.infer.predict import predict_rows
 from thriftune.machine import choose_device, quiet_libraries
-from thriftune.recipe import DataRecipe, Recipe, read_recipe
+from thriftune.opening import open_for_use
+from thriftune.recipe import DataRecipe, GenerationRecipe, Recipe, read_recipe
 from thriftune.records import EvalResult, write_record
-from thriftune.target import OpenedTarget, Target, find_target, open_target
+from thriftune.target import OpenedTarget, Target, find_target
 from thriftune.units import format_seconds
+
+MOST_ROWS = 256  # at once where layers are streamed and nobody says: products of so many rows hide most transfers
 
 
 def evaluate_target(
@@ -47,7 +60,7 @@ def evaluate_target(
     stem = f"eval-{file_label(task)}" if folder == Path(name) else f"{_slug(name)}-{file_label(task)}"
     if limit is not None:
         stem += f"-{limit}"
-    opened = open_target(target, choose_device())
+    opened = open_for_use(target, recipe, choose_device(), alone=False, say=told)
     result = evaluate_opened(opened, data, recipe, task, split, limit, answers or folder / f"{stem}.jsonl")
     write_record(folder / f"{stem}.json", result)
     return result
@@ -67,7 +80,7 @@ def evaluate_opened(
         opened.model,
         opened.tokenizer,
         data=data,
-        settings=recipe.generation,
+        settings=recipe.generation if _reads_whole_rows(task) else with_rows(opened, data, recipe.generation),
         limit=limit,
         split=split,
         answers_path=answers,
@@ -103,7 +116,7 @@ def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, ou
     """Answer every row of a file, streamed in order. The output file appears under its name once it is whole."""
     rows = load_file(str(input_file), "--input")
     target, recipe = _target(name, words)
-    opened = open_target(target, choose_device())
+    opened = open_for_use(target, recipe, choose_device(), alone=False, say=told)
     count = 0
     # A run asks as it was trained, reviews with their question; a bare model is asked what the rows say.
     data = recipe.data if target.is_run else recipe.data.model_copy(update={"name": str(input_file)})
@@ -112,7 +125,7 @@ def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, ou
         opened.tokenizer,
         rows,
         data,
-        recipe.generation,
+        with_rows(opened, data, recipe.generation),
         seed=recipe.seed,
         on_progress=progress_lines("predict"),
     )
@@ -126,7 +139,7 @@ def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, ou
 
 def chat_with_target(name: str, words: Sequence[str]) -> None:
     target, recipe = _target(name, words)
-    opened = open_target(target, choose_device())
+    opened = open_for_use(target, recipe, choose_device(), alone=True, say=told)
 
     def read_line() -> str:
         return input("> " if sys.stdin.isatty() else "")
@@ -136,6 +149,29 @@ def chat_with_target(name: str, words: Sequence[str]) -> None:
         sys.stdout.flush()
 
     chat_loop(opened.model, opened.tokenizer, recipe.data, recipe.generation, read_line, write, seed=recipe.seed)
+
+
+def with_rows(opened: OpenedTarget, data: DataRecipe, settings: GenerationRecipe) -> GenerationRecipe:
+    """The settings with as many rows at once as have room, where layers are streamed and the recipe leaves the number
+    as it comes: every token costs a pass of all streamed layers over the link, whatever the number of rows."""
+    if opened.rows_at_once is None or settings.batch_size != GenerationRecipe().batch_size:
+        return settings
+    tokens, positions = data.max_length + settings.max_new_tokens, opened.loaded.description.max_positions
+    rows = opened.rows_at_once(min(tokens, positions or tokens))
+    if rows is None:
+        return settings
+    rows = min(rows, MOST_ROWS)
+    told(f"generation.batch_size: {rows} rows at once have room beside the layers")
+    return settings.model_copy(update={"batch_size": rows})
+
+
+def _reads_whole_rows(task: str) -> bool:
+    """Whether logits of all positions are asked for, which take far more than a row's cache."""
+    return task in (PERPLEXITY, GENERAL) or task.startswith(HARNESS)
+
+
+def told(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, markup=False)
 
 
 def _target(name: str, words: Sequence[str]) -> tuple[Target, Recipe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,15 @@ class Target:
 
 @dataclass(frozen=True)
 class OpenedTarget:
+    """`rows_at_once` is there where layers are streamed: tokens of a row -> rows that have room at once, None where
+    memory is not counted."""
+
     target: Target
     model: nn.Module
     tokenizer: Any
     loaded: LoadedModel
     stop_token_ids: list[int]
+    rows_at_once: Callable[[int], int | None] | None = None
 
 
 def find_target(name: str) -> Target:

@@ -14,19 +14,17 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapter_runs import CPU, distance, left_behind, logits_of, make_run
 from small_models import make_model
 from thriftune.errors import DiskFullError, InputError, ModelError, OutputError
 from thriftune.infer import merge as merge_module
 from thriftune.infer.merge import MergeCheck, compare, merge_adapter, probe_logits, refuse_a_lost_tune
+from thriftune.infer.merge_files import FileMerge
 from thriftune.merging import merge
 from thriftune.methods import METHODS
-from thriftune.models import load_model
-from thriftune.recipe import QuantRecipe, Recipe, dump_yaml
 from thriftune.target import attach_adapter, find_target, load_base, open_target
 from tiny import tiny_recipe, tiny_rows, train_tiny
 
-CPU = torch.device("cpu")
-IDS_BT = torch.tensor([[5, 80, 99, 104, 81, 7, 33, 12], [9, 9, 200, 3, 2, 60, 61, 0]])
 DEPTH = "model.layers.1.mlp.up_proj"
 
 
@@ -37,38 +35,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     made["llama-tied"] = make_model(root / "llama-tied", "llama", tied=True)
     made["llama-bf16"] = make_model(root / "llama-bf16", "llama", dtype=torch.bfloat16)
     return made
-
-
-def make_run(folder: Path, base: Path, method: str = "lora", size: float = 0.05, lora: dict | None = None) -> Path:
-    """The folder of a run whose adapter moves every weight by about `size`, without the training."""
-    tree = {"method": method, "model": {"name": str(base)}, "lora": {"r": 4, "alpha": 8, **(lora or {})}}
-    recipe = Recipe.build({**tree, "output": str(folder)}, source="the test's recipe")
-    loaded = load_model(
-        recipe.model, device=CPU, dtype=torch.float32, quant=QuantRecipe() if METHODS[method].four_bit else None
-    )
-    model = METHODS[method].attach(loaded, recipe)
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += size * torch.randn(parameter.shape, generator=draw)
-    (folder / "adapter").mkdir(parents=True)
-    METHODS[method].export(model, loaded, folder / "adapter")
-    (folder / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
-    return folder
-
-
-def logits_of(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS_BT).logits.float()
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
-
-
-def left_behind(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # ---------------------------------------------------------------- a merged model is the adapter's
@@ -274,11 +240,11 @@ def test_an_output_below_a_file_is_refused(run, tmp_path):
     ],
 )
 def test_nothing_is_left_when_writing_fails(run, tmp_path, monkeypatch, error, kind):
-    def failing(model, tokenizer, folder, dtype):
+    def failing(files, folder):
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("thriftune.merging.write_model", failing)
+    monkeypatch.setattr(FileMerge, "write", failing)
     with pytest.raises(kind, match="cannot be written"):
         merge(str(run), tmp_path / "merged", CPU)
     assert left_behind(tmp_path) == ["run"]
@@ -297,7 +263,7 @@ def test_nothing_is_left_when_we_are_at_fault_or_stopped(run, tmp_path, monkeypa
 
 def test_a_lost_tune_is_noticed_and_not_kept(run, tmp_path, monkeypatch):
     """The merge is replaced by one that forgets the adapter."""
-    monkeypatch.setattr("thriftune.merging.merge_adapter", lambda adapted: adapted.unload())
+    monkeypatch.setattr(FileMerge, "merged", lambda files, name, stored: stored.to(files.dtype))
     with pytest.raises(ModelError, match="away from the adapter's") as error:
         merge(str(run), tmp_path / "merged", CPU)
     assert "unmerged" in error.value.do
@@ -309,11 +275,9 @@ def test_a_naive_merge_into_four_bits_would_be_noticed(folders, tmp_path, monkey
     run = make_run(tmp_path / "run", folders["llama"], "qlora", size=0.01)
     target = find_target(str(run))
 
-    def naive(adapted):
-        in_four_bits = PeftModel.from_pretrained(load_base(target, CPU).model, target.adapter)
-        return in_four_bits.merge_and_unload().dequantize()
-
-    monkeypatch.setattr("thriftune.merging.merge_adapter", naive)
+    opened = open_target(target, CPU)
+    wrong = opened.model.merge_and_unload().dequantize().state_dict()
+    monkeypatch.setattr(FileMerge, "merged", lambda files, name, stored: wrong[name])
     with pytest.raises(ModelError, match="away from the adapter's"):
         merge(str(run), tmp_path / "merged", CPU)
 

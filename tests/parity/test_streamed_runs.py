@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from thriftune.engine import by_layer
+from thriftune.engine import by_layer, hosted, shelf, streamed_path
+from thriftune.engine.offload import Offload
 from thriftune.errors import DoesNotFitError, InputError, ModelError, RecipeError
 from thriftune.models.store import Store, cache_folder
 from thriftune.run import prepare_run
@@ -81,6 +83,24 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(model, rows, tmp_path, r
     if resident == 0:  # each layer twice a step, but the two that turn and the two that the next step finds
         assert told.copied_bytes_per_step == slabs[0].bytes * (2 * 5 - 4)
     assert record_of(tmp_path / "whole").offload is None
+
+
+def test_a_run_that_is_over_has_let_go_of_the_hosts_memory(model, rows, tmp_path, monkeypatch) -> None:
+    """Or what follows in the same process (a comparison's scores, streamed too) would pin as much again."""
+    made: list[Any] = []
+    for module in (hosted, shelf):
+        pin = module.pinned_block
+        monkeypatch.setattr(module, "pinned_block", lambda *words, pin=pin: made.append(pin(*words)) or made[-1])
+    recipe, watcher = recipe_of(model, rows, tmp_path / "run", 0, train={"max_steps": 2}), Watcher()
+    slab = Store.of(model, 5, recipe.quant, torch.float32, torch.device("cpu")).layouts[0].bytes
+    monkeypatch.setattr(hosted, "available_bytes", lambda: hosted.LEFT_FOR_THE_SYSTEM + (1 + hosted.STAGED) * slab)
+    monkeypatch.setattr(streamed_path, "choose_offload", lambda *_: Offload(0, 5, True, 128))
+    before = threading.active_count()
+    record = train_tiny(recipe, [watcher])
+    assert any("4 are read from the disk" in event for event in watcher.events)
+    assert record.offload is not None and record.offload.host_bytes > 0 and record.offload.inputs_on_host
+    assert len(made) > 4 and all(block.bytes.numel() == 0 for block in made)
+    assert threading.active_count() == before, "the disk's reader goes on reading"
 
 
 def test_the_second_start_quantises_nothing(model, rows, tmp_path, monkeypatch) -> None:

@@ -362,12 +362,16 @@ def test_shrink_says_what_it_did(run, tuned, here):
 
 def test_merge_says_what_it_did(run, tuned, here):
     record = run("merge", tuned, "-o", "merged", "--json").ok().json
-    assert record.keys() == {
-        *("merged", "base", "adapter", "dtype", "difference", "effect", "max_abs_difference", "same_token", "positions")
-    }
+    told = "merged base adapter dtype difference effect max_abs_difference same_token positions"
+    assert record.keys() == {*told.split(), "tensors", "kept", "rounding", "loaded_whole"}
     assert record["merged"] == "merged" and record["difference"] < 1e-5 < record["effect"]
+    assert record["loaded_whole"] is None and record["tensors"] > 0 and record["kept"] == pytest.approx(1, abs=0.01)
     out = run("merge", tuned, "-o", "again").ok().out
     assert out.startswith("merged ") and "merged and adapter differ by 0.00%" in out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("thriftune.merging.available_bytes", lambda: 10**6)
+        out = run("merge", tuned, "-o", "tight").ok().out
+    assert "does not fit in memory, so no logits were compared; 100.00% of the update is in the" in out
     run("merge", tuned, "-o", "merged").refused("exists and is not empty")
     run("merge", "merged", "-o", "twice").refused("has no adapter to merge")
     run("merge", "nowhere", "-o", "twice").refused("nowhere is no folder here", "correct the path")

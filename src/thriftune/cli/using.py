@@ -77,7 +77,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.")],
     as_json: Json = False,
 ) -> None:
-    """Fold an adapter into its 16-bit base, reload the result and compare its logits with the adapter's."""
+    """Fold an adapter into its 16-bit base, file by file, and compare the result's logits with the adapter's."""
     from thriftune.machine import choose_device, quiet_libraries
     from thriftune.merging import merge as merge_target
 
@@ -86,12 +86,21 @@ def merge(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    typer.echo(
-        f"merged {result['adapter']} into {result['base']}: {result['merged']} ({result['dtype']})\n"
-        f"logits over {result['positions']} positions: merged and adapter differ by {result['difference']:.2%} "
-        f"(largest {result['max_abs_difference']:.3g}), the adapter's whole effect is {result['effect']:.2%}; "
-        f"same first token at {result['same_token']:.1%}"
-    )
+    lines = [f"merged {result['adapter']} into {result['base']}: {result['merged']} ({result['dtype']})"]
+    if result["loaded_whole"]:
+        lines.append(f"the base was loaded whole: {result['loaded_whole']}")
+    if result["positions"] is not None:
+        lines.append(
+            f"logits over {result['positions']} positions: merged and adapter differ by {result['difference']:.2%} "
+            f"(largest {result['max_abs_difference']:.3g}), the adapter's whole effect is {result['effect']:.2%}; "
+            f"same first token at {result['same_token']:.1%}"
+        )
+    else:
+        lines.append(
+            f"the model does not fit in memory, so no logits were compared; {result['kept']:.2%} of the update is in "
+            f"the {result['tensors']} tensors that it changes, beside rounding of {result['rounding']:.2%} of its size"
+        )
+    typer.echo("\n".join(lines))
 
 
 @app.command()

@@ -24,13 +24,14 @@ from thriftune.infer.merge import merge_adapter
 from thriftune.machine import choose_device, quiet_libraries
 from thriftune.methods import METHODS
 from thriftune.models.surgery import dequantise
+from thriftune.opening import open_for_use
 from thriftune.plan.work import Rows
 from thriftune.planning import plan_run
 from thriftune.recipe import Recipe
 from thriftune.records import CellRecord, EvalResult, RunRecord, read_record, write_record
 from thriftune.run import Prepared, prepare_run, run, run_place
-from thriftune.serving import evaluate_opened, task_data
-from thriftune.target import OpenedTarget, Target, attach_adapter, find_target, open_target
+from thriftune.serving import evaluate_opened, task_data, told
+from thriftune.target import OpenedTarget, Target, attach_adapter, find_target
 from thriftune.train.checkpoint import newest_checkpoint
 from thriftune.train.recover import is_out_of_memory
 from thriftune.units import format_bytes
@@ -208,7 +209,8 @@ def _undone(job: CellJob, status: Literal["refused", "out_of_memory"], reason: s
 def _score(job: CellJob) -> CellRecord:
     """The task, the general text, and the time to the first token beside the base and folded into it."""
     device = choose_device()
-    opened = open_target(_target(job), device)
+    target = _target(job)
+    opened = open_for_use(target, target.recipe, device, alone=False, say=told)
     result = _evaluated(job, opened, job.question.task)
     general = _evaluated(job, opened, GENERAL)
     prompts = _prompts(result, opened)
@@ -274,6 +276,8 @@ def _merged_first_token_s(
     """Seconds with the adapter folded into its 16-bit base, in memory; and what to note where that cannot be."""
     if opened.target.adapter is None:
         return None, ""
+    if opened.rows_at_once is not None:
+        return None, "; not merged: the 16-bit base does not fit where layers are streamed"
     try:
         adapted: Any = opened.model
         if opened.target.four_bit:

@@ -36,7 +36,9 @@ class DiskReader:
         self._ready: deque[tuple[int, _Block]] = deque()
         self._lent: dict[int, _Block] = {}
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="disk reader", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="disk reader", daemon=True)
+        self._thread.start()
 
     def announce(self, order: Sequence[int]) -> None:
         """These layers will be asked for, in this order; what was announced before is forgotten."""
@@ -73,10 +75,19 @@ class DiskReader:
             self._free.append(block)
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """Stop reading; the blocks are the caller's again when this returns."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted and self._free)
+                self._changed.wait_for(lambda: self._closed or (self._wanted and self._free))
+                if self._closed:
+                    return
                 order, index, block = self._wanted, self._wanted[0], self._free.popleft()
             try:
                 if block.arrival is not None:

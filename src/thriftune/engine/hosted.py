@@ -24,7 +24,7 @@ from thriftune.engine.host_memory import (
 )
 from thriftune.engine.lanes import Lane, lane_to
 from thriftune.engine.program import Program
-from thriftune.engine.residency import Streaming, new_slots, spread
+from thriftune.engine.residency import Holder, Streaming, new_slots, spread
 from thriftune.kernels.slab import SlabLayout, Tables
 
 READERS = 8  # threads that read and check slabs, at most
@@ -133,6 +133,13 @@ class Hosted:
             block.release()
         return found
 
+    def close(self) -> None:
+        """Let go of all pinned memory. What was read into it is not to be used after this."""
+        for block in [*self.blocks.values(), *self.staging]:
+            block.release()
+        self.blocks.clear()
+        self.staging.clear()
+
     @property
     def bytes(self) -> int:
         return sum(block.bytes.numel() for block in [*self.blocks.values(), *self.staging])
@@ -143,13 +150,21 @@ def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int
 
     Raises DoesNotFitError when host memory is too short even to read them from the disk.
     """
-    others = [index for index in range(len(program.layers)) if index not in set(resident)]
+    streaming = stream_layers(program.layers, hosted, resident, slots)
+    if program.fp8:
+        read_scales(program, streaming)
+    return streaming
+
+
+def stream_layers(layers: Sequence[Holder], hosted: Hosted, resident: Sequence[int], slots: int) -> Streaming:
+    """The same of layers that need no scales of their own."""
+    others = [index for index in range(len(layers)) if index not in set(resident)]
     layouts, lane = hosted.slabs.layouts, lane_to(hosted.device)
     in_memory, on_disk = hosted.split(others)
     disk = hosted.reader(on_disk, lane)
     streamed = hosted.take(in_memory)
-    streaming = Streaming(
-        layers=program.layers,
+    return Streaming(
+        layers=layers,
         layouts=layouts,
         tables=hosted.slabs.tables(hosted.device),
         resident=hosted.put_on_device(resident),
@@ -158,9 +173,6 @@ def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int
         lane=lane,
         disk=disk,
     )
-    if program.fp8:
-        read_scales(program, streaming)
-    return streaming
 
 
 def read_scales(program: Program, streaming: Streaming) -> None:

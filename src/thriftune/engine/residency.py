@@ -14,16 +14,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from thriftune.engine.disk import DiskReader
 from thriftune.engine.lanes import Lane
-from thriftune.engine.layer import Layer
 from thriftune.kernels.four_bit import FourBit
 from thriftune.kernels.slab import SlabLayout, Tables
+
+
+class Place(Protocol):
+    """Where the packed matrices of some linears are read, while their layer is visited."""
+
+    packed: list[FourBit]
+
+    @property
+    def parts(self) -> Sequence[Any]: ...
+
+
+class Holder(Protocol):
+    """A layer, as far as its weights come and go."""
+
+    @property
+    def stacks(self) -> Sequence[Place]: ...
 
 
 @dataclass
@@ -48,7 +63,7 @@ class Streaming:
     """`resident` slabs lie on the device, `streamed` ones in host memory, by the number of their layer; those that are
     in neither are read by `disk`."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[Holder]
     layouts: Sequence[SlabLayout]
     tables: Tables
     resident: dict[int, Tensor]

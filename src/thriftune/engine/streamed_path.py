@@ -104,6 +104,15 @@ class StreamedPath:
         of_shelf = self.shelf.block.bytes.numel() if isinstance(self.shelf, HostShelf) else 0
         return self.hosted.bytes + of_shelf
 
+    def close(self) -> None:
+        """Let go of the host's pinned memory, which another program of this process may need; nothing runs after it."""
+        if self.streaming.disk is not None:
+            self.streaming.disk.close()
+        self.streaming.streamed.clear()
+        self.hosted.close()
+        if isinstance(self.shelf, HostShelf):
+            self.shelf.block.release()
+
     def _parts(self, examples: Sequence[Example]) -> list[PackedBatch]:
         self.program.copy_masters()
         return [pack(group, self.device) for group in cut_by_tokens(examples, self.offload.most_tokens)]

@@ -1,8 +1,9 @@
 """A model without the weights of its layers' linears: what an engine that streams them needs beside the store.
 
-Norms, biases and the head lie on the device, the input embedding on the host unless it is the head too. The linears
-are bitsandbytes' own with nothing in them, so PEFT puts its adapters on them as on any 4-bit model; whoever calls the
-model itself is refused.
+Norms, biases and the head lie on the device. For training the linears are bitsandbytes' own with nothing in them, so
+PEFT puts its adapters on them as on any 4-bit model; the input embedding lies on the host unless it is the head too,
+and whoever calls the model itself is refused. For use they are ordinary linears, which get their weights while their
+layer runs, and the embedding lies on the device.
 """
 
 from __future__ import annotations
@@ -24,23 +25,29 @@ from thriftune.models.load import (
     load_tokenizer,
     refuse_unfilled,
 )
+from thriftune.models.outline import build_empty, generation_config_of
 from thriftune.models.surgery import keep_four_bit_weights_as_they_are
 from thriftune.recipe import ModelRecipe, QuantRecipe
 
 
-def load_shell(model: ModelRecipe, *, device: torch.device, dtype: torch.dtype, quant: QuantRecipe) -> LoadedModel:
-    """Load all of a model but its layers' linears. Raises ModelError as `load_model` does."""
+def load_shell(
+    model: ModelRecipe, *, device: torch.device, dtype: torch.dtype, quant: QuantRecipe | None
+) -> LoadedModel:
+    """Load all of a model but its layers' linears: for training with the way of quantising, for use with None. Raises
+    ModelError as `load_model` does."""
     from transformers import AutoConfig
 
     started = time.perf_counter()
     description = describe_model(model)
     tokenizer = load_tokenizer(model, description.folder)
     config = AutoConfig.from_pretrained(description.folder, local_files_only=True)
-    network = empty_shell(config, device=device, dtype=dtype, attention=model.attn_implementation, quant=quant)
-    tied = bool(config.tie_word_embeddings)
+    network: Any = empty_shell(config, device=device, dtype=dtype, attention=model.attn_implementation, quant=quant)
+    on_device = quant is None or bool(config.tie_word_embeddings)
     for name, tensor in _others(network, description.folder):
-        fill(network, name, tensor.to(dtype) if tensor.is_floating_point() else tensor, device, tied)
-    finish_shell(network, device)
+        fill(network, name, tensor.to(dtype) if tensor.is_floating_point() else tensor, device, on_device)
+    finish = settle if quant is None else finish_shell
+    finish(network, device)
+    network.generation_config = generation_config_of(network, description.folder)
     missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     refuse_unfilled({"missing_keys": missing}, description)
     check_vocabulary(network, tokenizer, description.folder)
@@ -56,49 +63,44 @@ def load_shell(model: ModelRecipe, *, device: torch.device, dtype: torch.dtype, 
 
 
 def empty_shell(
-    config: Any, *, device: torch.device, dtype: torch.dtype, attention: str, quant: QuantRecipe
+    config: Any, *, device: torch.device, dtype: torch.dtype, attention: str, quant: QuantRecipe | None
 ) -> nn.Module:
     """The model of a configuration with nothing in it, its layers' linears as they stay."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            given=f"no causal language model can be built from this config: {str(error).strip().splitlines()[0][:300]}",
-            allowed="architectures and attn_implementation of the installed transformers",
-            do="check model_type in config.json, or use attn_implementation=sdpa",
-        ) from None
+    network = build_empty(config, dtype, attention)
     head = network.get_output_embeddings()
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
-            network.set_submodule(name, _without_weight(module, device, dtype, quant))
+            empty = _plain(module, device, dtype) if quant is None else _without_weight(module, device, dtype, quant)
+            network.set_submodule(name, empty)
     result: nn.Module = network
     return result
 
 
-def fill(network: Any, name: str, tensor: Tensor, device: torch.device, tied: bool) -> None:
-    """Put a tensor in its place, on the host if it is an input embedding that is not the head too."""
+def fill(network: Any, name: str, tensor: Tensor, device: torch.device, embedding_on_device: bool) -> None:
+    """Put a tensor in its place, the input embedding on the host unless it belongs on the device."""
     path, _, leaf = name.rpartition(".")
     owner = network.get_submodule(path)
-    on_host = owner is network.get_input_embeddings() and not tied
+    on_host = owner is network.get_input_embeddings() and not embedding_on_device
     place = torch.device("cpu") if on_host else device
     setattr(owner, leaf, nn.Parameter(tensor.to(place), requires_grad=False))
 
 
 def finish_shell(network: Any, device: torch.device) -> None:
-    """Buffers (positions' frequencies) to the device, ties, and the refusal to be called."""
+    """What a shell for training needs after it is filled, the refusal to be called among it."""
+    settle(network, device)
+    network.is_loaded_in_4bit = True
+    keep_four_bit_weights_as_they_are(network)
+    network.register_forward_pre_hook(_refuse_to_be_called)
+
+
+def settle(network: Any, device: torch.device) -> None:
+    """Buffers (positions' frequencies) to the device, and ties."""
     for module in network.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
     network.tie_weights()
     network.requires_grad_(False)
     network.eval()
-    network.is_loaded_in_4bit = True
-    keep_four_bit_weights_as_they_are(network)
-    network.register_forward_pre_hook(_refuse_to_be_called)
 
 
 def _without_weight(module: nn.Linear, device: torch.device, dtype: torch.dtype, quant: QuantRecipe) -> nn.Module:
@@ -114,6 +116,15 @@ def _without_weight(module: nn.Linear, device: torch.device, dtype: torch.dtype,
     four_bit.weight = bitsandbytes.nn.Params4bit(nothing, requires_grad=False, bnb_quantized=True, **how)
     result: nn.Module = four_bit
     return result
+
+
+def _plain(module: nn.Linear, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """An ordinary linear whose weight is one element that is no number: it takes no memory, and whoever computes with
+    it before it has a weight sees that."""
+    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta", dtype=dtype)
+    nothing = torch.full((1, 1), float("nan"), dtype=dtype, device=device).expand(linear.weight.shape)
+    linear.weight = nn.Parameter(nothing, requires_grad=False)
+    return linear
 
 
 def _others(network: nn.Module, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -134,5 +145,5 @@ def _refuse_to_be_called(*_: Any) -> None:
     raise ModelError(
         given="this model's layers are streamed: its own forward pass, and what generates with it, cannot be used",
         allowed="training, and the eval loss during training, through the engine",
-        do="use the adapter that the run writes with a model that is loaded whole",
+        do="use the adapter that the run writes: thriftune eval, predict or chat with the run's folder",
     )

@@ -6,7 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from thriftune.recipe import QuantRecipe
 
 
 def keep_four_bit_weights_as_they_are(model: nn.Module) -> int:
@@ -47,6 +49,21 @@ def dequantise(model: Any) -> nn.Module:
                 layer.bias = nn.Parameter(ours.bias.detach(), requires_grad=False)
             plain.set_submodule(name, layer.train(plain.training))
     return plain
+
+
+def as_in_four_bits(weight_OI: Tensor, quant: QuantRecipe, device: torch.device) -> Tensor:
+    """A matrix as it is in a model that is loaded in 4 bits: quantised on `device` and back, in its own type there."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    packed = Params4bit(
+        weight_OI,
+        requires_grad=False,
+        compress_statistics=quant.bnb_4bit_use_double_quant,
+        quant_type=quant.bnb_4bit_quant_type,
+    )._quantize(device)
+    value_OI: Tensor = dequantize_4bit(packed.data, packed.quant_state)
+    return value_OI
 
 
 def count_parameters(model: nn.Module) -> int:
