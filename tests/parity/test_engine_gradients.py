@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thriftune.data import Example
 from thriftune.data.batches import micro_batches
+from thriftune.engine import sizes
 from thriftune.engine.attention import ReferenceAttention
 from thriftune.engine.layer import Keep
 from thriftune.engine.packing import cut_by_tokens, pack
@@ -306,3 +309,27 @@ def test_four_bit_weights(held: int, lora: dict[str, Any]) -> None:
     found_loss = program.add_gradients(pack(rows, torch.device("cpu")), 0.1, keep, ReferenceAttention())
     assert float(found_loss) == pytest.approx(loss, rel=1e-6)
     assert_close({name: g for name, g in gradients(model).items() if "four_bit" not in name}, wanted, 2e-5)
+
+
+class LogitsAlive(TorchDispatchMode):
+    """How many products of the head's width were there when another one was made."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.made, self.most = vocabulary, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default and found.shape[-1] == self.vocabulary:
+            self.most = max(self.most, sum(one() is not None for one in self.made))
+            self.made.append(weakref.ref(found.untyped_storage()))
+        return found
+
+
+def test_logits_of_one_chunk_are_gone_before_the_next_are_made(monkeypatch) -> None:
+    """They are the largest thing that the head makes, and the plan counts them once."""
+    monkeypatch.setattr(sizes, "FEWEST_ROWS", 8)
+    monkeypatch.setattr(sizes, "CHUNK_BYTES", 1)
+    with LogitsAlive(SIZES["vocab_size"]) as watched:
+        by_engine(build("llama"), examples((20, 30)), 0.1)
+    assert len(watched.made) > 2 and watched.most == 0

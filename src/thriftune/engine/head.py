@@ -38,6 +38,7 @@ class Head:
             torch.mm(logits_NV, self.weight_VD, out=normed_ND)
             rms_norm_backward(normed_ND, x_ND, self.norm.weight_D, rstd_N1, None, normed_ND)
             dx_TD[batch.predicting_N[rows]] = normed_ND
+            del logits_NV  # or the next rows' logits would be made beside them
         return total
 
     def loss(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
