@@ -38,6 +38,7 @@ from counting import (
     sources_of_total,
     ways_to_count,
 )
+from streamed import measured_and_planned
 
 from thriftune.catalog.prices import electricity_price
 from thriftune.catalog.rows import Gpu
@@ -254,6 +255,7 @@ def qlora_70b() -> list[Row]:
             "14.9 GiB",
             "published: fsdp_qlora, Llama 2 70B, 2,048 tokens x 2, March 2024",
         ),
+        *(Row(*line) for line in measured_and_planned(LLAMA_70B, "70B", GSM8K_TOKENS)),
         Row("8-bit optimizer states: all that paging moves", gb(adapter(LLAMA_70B, 16) * ADAM_8BIT), "counted"),
         Row(
             "tokens in 6 h on an H200",
@@ -414,6 +416,7 @@ def giants() -> list[Row]:
             f"{moved / card.link_bytes_per_s:.1f} s",
             f"arithmetic: {card.link_bytes_per_s / 1e9:.0f} GB/s from host memory",
         ),
+        *(Row(*line) for line in measured_and_planned("Mistral-Large-Instruct-2407", "123B", GSM8K_TOKENS)),
     ]
 
 

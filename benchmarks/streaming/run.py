@@ -91,6 +91,8 @@ CASES = {
         Case("70B", "gsm8k", 24, optim="adamw_torch"),
         Case("70B", "8x2048", 24, seconds=60),
     ],
+    # Steps that are too short to hide all transfers, so that memory is worth speed.
+    "70B-caps": [Case("70B", "1x1024", cap, seconds=10) for cap in (12, 16, 24, 40)],
     "123B": [Case("123B", "2x2048", 24, seconds=35), Case("123B", "gsm8k", 24, seconds=25)],
     "8B": [
         Case("8B", "2x2048", 6, seconds=5),
