@@ -47,7 +47,7 @@ def measured_and_planned(model: str, name: str, epoch_tokens: int) -> list[tuple
     plan, time = planned_streamed(model, "rtx-4090")
     where = "measured: one H100 held to 24 GiB"
     stay, layers = plan.offload.resident, plan.offload.layers
-    rate = time.tokens_per_s
+    rate, peak = time.tokens_per_s, plan.memory.peak_bytes / 2**30
     return [
         ("layers streamed, steps of 4,096 tokens", f"{ran['tokens_per_s']:,} tokens/s", where),
         ("GPU memory, the driver's context included", f"{ran['peak_gib']:.1f} GiB", where),
@@ -56,7 +56,7 @@ def measured_and_planned(model: str, name: str, epoch_tokens: int) -> list[tuple
         ("16 rows of GSM8K a step", f"{of_gsm8k['tokens_per_s']:,} tokens/s", where),
         ("an epoch of GSM8K at that speed", f"{epoch_tokens / of_gsm8k['tokens_per_s'] / 60:.0f} min", "arithmetic"),
         ("on an RTX 4090, steps of 4,096 tokens",
-         f"{rate:,.0f} tokens/s, {plan.memory.peak_bytes / 2**30:.1f} GiB", f"predicted: {stay} of {layers} layers stay"),
+         f"{rate:,.0f} tokens/s, {peak:.1f} GiB", f"predicted: {stay} of {layers} layers stay"),
         ("its transfers are hidden from", f"{plan.hidden_from_tokens:,} tokens a step", "predicted"),
         ("an epoch of GSM8K on it", f"{epoch_tokens / rate / 3600:.1f} h", "arithmetic, if it keeps that speed"),
     ]  # fmt: skip

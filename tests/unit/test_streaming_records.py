@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "claims"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "claims"))
 from streamed import planned_streamed, recorded
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "streaming"
 MODELS = {"70B": "Llama-3.1-70B", "123B": "Mistral-Large-Instruct-2407"}
 
