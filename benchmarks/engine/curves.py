@@ -4,9 +4,11 @@
         --output runs/curves --results benchmarks/results/engine-curves --gpus 4 --at-once 18
 
 LoRA over bfloat16 and over NF4, each through autograd, through the engine, and through the engine with fp8 products:
-one pass over 24,000 rows with three seeds, the loss of 1,000 held-out training rows, the accuracy on 5,000 test rows.
-Cells are processes beside each other, so their times are not comparable; a cell whose record is there is not run again.
-The table comes last. `--try` takes few rows and steps, on any machine.
+one pass over 24,000 rows with --seeds seeds, the loss of 1,000 held-out training rows, the accuracy on 5,000 test rows.
+Autograd in halves is the same mathematics as autograd, its sums rounded in another order: how far two such runs end
+from each other is what no comparison can be finer than. Cells are processes beside each other, so their times are not
+comparable; a cell whose record is there is not run again. The table comes last, `--table` prints it alone. `--try`
+takes few rows and steps, on any machine.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from thriftune.report.statistics import t_quantile
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from seats import seat
 
@@ -30,32 +34,40 @@ WORDS = [
     *("eval_fraction=0.04", "max_eval_samples=1000", "save_strategy=no", "logging_steps=100", "optim=adamw_torch"),
 ]
 FEW = ["max_samples=200", "max_steps=4", "max_length=128", "per_device_train_batch_size=4"]
+HALVES = ["per_device_train_batch_size=16", "gradient_accumulation_steps=2"]
 VARIANTS = {
     "lora, autograd": ["method=lora", "engine=off"],
+    "lora, autograd in halves": ["method=lora", "engine=off", *HALVES],
     "lora, engine": ["method=lora"],
     "lora, engine, fp8": ["method=lora", "precision=fp8"],
     "qlora, autograd": ["method=qlora", "engine=off"],
+    "qlora, autograd in halves": ["method=qlora", "engine=off", *HALVES],
     "qlora, engine": ["method=qlora"],
     "qlora, engine, fp8": ["method=qlora", "precision=fp8"],
 }
-SEEDS = (1, 2, 3)
 STRETCH = 25  # steps, of which a curve keeps the mean loss
+END = 10  # stretches, a third of a run, whose mean is its loss at the end
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--output", type=Path, default=Path("runs/curves"))
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--try", dest="few", action="store_true")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.results))
+        return
     arguments.results.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * arguments.minutes
-    cells = [(variant, seed) for seed in SEEDS for variant in VARIANTS]
+    cells = [(variant, seed) for seed in range(1, arguments.seeds + 1) for variant in VARIANTS]
     waiting = [cell for cell in cells if not record_of(*cell, arguments.results).exists()]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     started = 0
@@ -74,7 +86,7 @@ def main() -> None:
                     keep(*cell, arguments)
     for process in running.values():
         process.terminate()
-    print_table(arguments.results)
+    print(table(arguments.results))
 
 
 def folder_of(variant: str, seed: int, output: Path) -> Path:
@@ -89,7 +101,8 @@ def start(variant: str, seed: int, place: int, arguments: argparse.Namespace) ->
     """Train, then score, in one shell; what they print goes to a log beside the run's folder."""
     folder = folder_of(variant, seed, arguments.output)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    words = [*WORDS, *VARIANTS[variant], f"seed={seed}", f"data.path={arguments.data}", *(FEW if arguments.few else [])]
+    words = [*WORDS, *VARIANTS[variant], f"seed={seed}", f"data.path={arguments.data}"]
+    words += FEW if arguments.few else []
     program = f"{sys.executable} -m thriftune"
     train = f"{program} train {arguments.model} --data imdb --output {folder} {' '.join(words)}"
     limit = 16 if arguments.few else 5000
@@ -119,25 +132,42 @@ def keep(variant: str, seed: int, arguments: argparse.Namespace) -> None:
     record_of(variant, seed, arguments.results).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def print_table(results: Path) -> None:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(results.glob("*.json")):
+def table(results: Path) -> str:
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(results.glob("*-seed*.json")):
         record = json.loads(path.read_text())
-        found.setdefault(record["variant"], []).append(record)
-    print(
-        "| variant | seeds | loss at the end | held-out loss | against autograd | accuracy |\n|---|---|---|---|---|---|"
-    )
-    for variant, records in found.items():
-        plain = {record["seed"]: record for record in found.get(f"{variant.split(',')[0]}, autograd", [])}
-        pairs = [(record, plain[record["seed"]]) for record in records if record["seed"] in plain]
-        off = [record["eval_loss"] / other["eval_loss"] - 1 for record, other in pairs]
-        scores = [100 * record["accuracy"] for record in records]
-        loss, held_out = (statistics.fmean(record[key] for record in records) for key in ("loss", "eval_loss"))
-        against = " ".join(f"{share:+.2%}" for share in off)
-        print(
-            f"| {variant} | {len(records)} | {loss:.4f} | {held_out:.4f} | {against} | "
-            f"{statistics.fmean(scores):.2f} % ({', '.join(f'{score:.2f}' for score in scores)}) |"
-        )
+        found.setdefault(record["variant"], {})[record["seed"]] = record
+    lines = [
+        "| variant | seeds | loss at the end | held-out loss | accuracy | at the end, against autograd | held out "
+        "| accuracy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant, records in sorted(found.items()):
+        plain = found.get(f"{variant.split(',')[0]}, autograd", {})
+        means = [statistics.fmean(measure(record) for record in records.values()) for measure in MEASURES]
+        row = f"| {variant} | {len(records)} | {means[0]:.4f} | {means[1]:.4f} | {100 * means[2]:.2f} % |"
+        for number, measure in enumerate(MEASURES):
+            pairs = [(measure(records[seed]), measure(plain[seed])) for seed in sorted(set(records) & set(plain))]
+            off = [100 * (one - other if number == 2 else one / other - 1) for one, other in pairs]
+            unit = "points" if number == 2 else "%"
+            row += " |" if records is plain else f" {mean_and_interval(off)} {unit} |"
+        lines.append(row)
+    return "\n".join(lines)
+
+
+def loss_at_end(record: dict[str, Any]) -> float:
+    return statistics.fmean(record["curve"][-END:])
+
+
+MEASURES = (loss_at_end, lambda record: record["eval_loss"], lambda record: record["accuracy"])
+
+
+def mean_and_interval(values: list[float]) -> str:
+    """The mean over seeds, with its 95 % interval by Student's t where there are two."""
+    if len(values) < 2:
+        return f"{statistics.fmean(values):+.2f}" if values else "-"
+    half = t_quantile(0.95, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):+.2f} +- {half:.2f}"
 
 
 if __name__ == "__main__":
