@@ -29,15 +29,17 @@ from shapes_measured import SHAPES
 from thriftune.data import largest_step
 from thriftune.engine.choose import choose_attention
 from thriftune.engine.path import EnginePath
+from thriftune.engine.program import Program
 from thriftune.engine.read import read_program
 from thriftune.engine.room import Room
-from thriftune.engine.sizes import RANK_MULTIPLE, SPARE_BYTES, SPARE_SHARE, Choice, Keep, later_bytes
+from thriftune.engine.sizes import RANK_MULTIPLE, RECOMPUTING, SPARE_BYTES, SPARE_SHARE, Choice, Keep, later_bytes
 from thriftune.errors import ThriftuneError
 from thriftune.machine import hardware, quiet_libraries, versions
 from thriftune.measure import Step, measure_step
 from thriftune.methods import METHODS
 from thriftune.methods.base import trainable_parameters
 from thriftune.recipe import read_recipe
+from thriftune.train import TrainJob
 
 BATCHES = ("1x512", "4x2048", "1x8192", "gsm8k")
 FREE, LESS, LEAST, CUT = "free", "room for the residuals", "room for the inputs", "room for half a step"
@@ -139,6 +141,18 @@ def run_group(
     del model, program, loaded
     gc.collect()
     free_everything(device)
+
+
+def with_engine(
+    job: TrainJob, program: Program | None, longest: int, switch: str, device: torch.device
+) -> tuple[TrainJob, Program]:
+    """The job through the engine, for whatever memory there is now; the program is read once for a model."""
+    if program is None:
+        program = read_program(job.model, longest, RANK_MULTIPLE[device.type], fp8=False)
+    later = later_bytes(job.recipe.train.optim, trainable_parameters(job.model))
+    room = Room(program, device, largest_step(job.order, job.lengths, 1), max(job.lengths), later)
+    path = EnginePath(program, device, choose_attention(device, program.layers), room, *RECOMPUTING[switch])
+    return replace(job, path=path), program
 
 
 def by_layers_s(row: dict[str, Any], device: torch.device, layers: int) -> float | None:
