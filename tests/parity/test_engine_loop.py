@@ -95,11 +95,11 @@ def test_out_of_memory_keeps_less_then_cuts_the_step_and_ends_where_it_would_hav
     train_tiny(tiny_recipe(model, rows, tmp_path / "whole", engine="auto", train=SMOOTH))
     add_gradients, asked = Program.add_gradients, []
 
-    def full_above(self: Program, batch: Any, scale: float, keep: Any, attention: Any) -> Any:
+    def full_above(self: Program, batch: Any, scale: float, keep: Any, *rest: Any) -> Any:
         asked.append((keep[0], batch.segments.tokens))
         if keep[0] < Keep.INPUT or batch.segments.tokens > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return add_gradients(self, batch, scale, keep, attention)
+        return add_gradients(self, batch, scale, keep, *rest)
 
     monkeypatch.setattr(Program, "add_gradients", full_above)
     automatic = {"gradient_checkpointing": "auto", **SMOOTH}

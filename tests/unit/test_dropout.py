@@ -79,13 +79,13 @@ def test_a_mask_is_one_of_its_token_wherever_that_lies() -> None:
 
 def test_what_stays_is_scaled_and_added_in_place() -> None:
     x, out = torch.randn(200, SIZE, dtype=torch.float64), torch.randn(200, SIZE, dtype=torch.float64)
-    mask = kept_reference(draw(), 4, 0.1, SIZE) * threshold_and_factor(0.1)[1]
+    mask = kept_reference(draw(), 4, 0.1, SIZE).double() * threshold_and_factor(0.1)[1]
     wanted = out + x * mask
     add_dropped(x, draw(), 4, 0.1, out)
-    torch.testing.assert_close(out, wanted, rtol=1e-15, atol=0)
+    torch.testing.assert_close(out, wanted, rtol=1e-13, atol=1e-15)
     wanted = x * mask
     drop(x, draw(), 4, 0.1, x)
-    torch.testing.assert_close(x, wanted, rtol=1e-15, atol=0)
+    torch.testing.assert_close(x, wanted, rtol=1e-13, atol=1e-15)
 
 
 def test_a_rate_of_nothing_changes_nothing() -> None:

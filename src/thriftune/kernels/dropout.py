@@ -4,8 +4,8 @@ stored.
 Whether an element is kept is a function of the step's key, the linear, the token's row of the data, its position there
 and the column: Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which passes
 BigCrush, with the step as its key and the rest as its counter. A call gives eight columns 16 bits each: the low halves
-of its four words, then the high ones, for the columns `place`, `place` + E, `place` + 2 E ... with E = I / 8 rounded up.
-An element stays where its 16 bits are below the threshold 65536 (1 - rate), rounded, and is multiplied by
+of its four words, then the high ones, for the columns `place`, `place` + E, `place` + 2 E ... where E is I / 8 rounded
+up. An element stays where its 16 bits are below the threshold 65536 (1 - rate), rounded, and is multiplied by
 65536 / threshold, so that the mean of what is kept is exactly that of the input.
 
 Shape legend: T tokens, I elements of a row, E an eighth of them. Rows may lie apart (a stride), elements may not.
