@@ -13,6 +13,7 @@ from test_engine_fp8 import furthest, qlora
 from test_engine_gradients import assert_close, build, examples, gradients
 from torch import Tensor, nn
 
+from dropout_masks import with_masks
 from thriftune.data import Example
 from thriftune.data.batches import micro_batches
 from thriftune.engine import fp8 as engine_fp8
@@ -24,37 +25,13 @@ from thriftune.engine.read import follow_adapters, read_program, why_not
 from thriftune.engine.sizes import Keep
 from thriftune.engine.takes import LINEARS
 from thriftune.kernels import dropout, fp8
-from thriftune.kernels.dropout import Draw, Key, kept_reference, threshold_and_factor
+from thriftune.kernels.dropout import Draw, Key
 from thriftune.train.loss import loss_sum
 
 CPU = torch.device("cpu")
 KEY = (123, 2**31 - 1)
 RATE = 0.3
 LENGTHS = (9, 2, 17, 5, 30, 1, 3)
-
-
-class Masked(nn.Module):
-    """In the place of one linear's nn.Dropout: the masks that the engine draws for the example at hand."""
-
-    def __init__(self, linear: int, now: dict[str, Any]) -> None:
-        super().__init__()
-        self.linear, self.now = linear, now
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = torch.full((x.shape[1],), self.now["row"])
-        kept = kept_reference(Draw(self.now["key"], rows, torch.arange(x.shape[1])), self.linear, RATE, x.shape[2])
-        return x * kept.to(x.dtype) * threshold_and_factor(RATE)[1]
-
-
-def with_masks(model: nn.Module) -> dict[str, Any]:
-    """Every adapter's dropout replaced; what is returned says which example and key is at hand."""
-    now: dict[str, Any] = {"key": KEY}
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_dropout"):
-            _, _, layer, _, linear = name.split(".")
-            assert isinstance(module.lora_dropout["default"], nn.Dropout)
-            module.lora_dropout["default"] = Masked(int(layer) * len(LINEARS) + LINEARS.index(linear), now)
-    return now
 
 
 def by_autograd(model: nn.Module, now: dict[str, Any], rows: Sequence[Example]) -> tuple[float, dict[str, Tensor]]:
@@ -95,7 +72,7 @@ def test_loss_and_every_gradient(family: str, most_tokens: int) -> None:
     assert why_not(model) is None
     program = read_program(model, longest=64, rank_multiple=8, fp8=False)
     found_loss, found = step(program, model, most_tokens=most_tokens)
-    loss, wanted = by_autograd(model, with_masks(model), examples(LENGTHS))
+    loss, wanted = by_autograd(model, with_masks(model, KEY), examples(LENGTHS))
     assert found_loss == pytest.approx(loss, rel=1e-12)
     assert_close(found, wanted, 1e-9)
 
@@ -120,7 +97,7 @@ def test_adapters_of_every_form(lora: dict[str, Any], keep: Keep) -> None:
         found_loss, found = step(read_program(model, longest=64, rank_multiple=8, fp8=False), model, keep)
     finally:
         torch.use_deterministic_algorithms(False)
-    loss, wanted = by_autograd(model, with_masks(model), examples(LENGTHS))
+    loss, wanted = by_autograd(model, with_masks(model, KEY), examples(LENGTHS))
     assert found_loss == pytest.approx(loss, rel=1e-12)
     assert_close(found, wanted, 1e-9)
 
@@ -136,7 +113,7 @@ def test_what_is_computed_again_meets_the_same_masks(family: str, keep: Keep, ei
     assert found_loss == loss and not differ(found, wanted)
 
 
-def test_masks_are_others_in_another_step_row_layer_and_linear() -> None:
+def test_masks_are_others_in_another_step_row_layer_and_linear(monkeypatch) -> None:
     """By what reaches the gradients: no two masks of a step are one, and another key changes every gradient."""
     model = build("llama", lora_dropout=RATE)
     program = read_program(model, longest=64, rank_multiple=8, fp8=False)
@@ -147,11 +124,9 @@ def test_masks_are_others_in_another_step_row_layer_and_linear() -> None:
         asked.append((linear, tuple(draw.rows_T.unique().tolist())))
         return kept(draw, linear, rate, size)
 
-    dropout.kept_reference = noted
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(dropout, "kept_reference", noted)
         _, first = step(program, model)
-    finally:
-        dropout.kept_reference = kept
     linears = 3 * len(LINEARS)
     assert {linear for linear, _ in asked} == set(range(linears)) and len(
         asked
@@ -236,7 +211,7 @@ def test_adapters_of_another_rank_meet_their_linears_masks() -> None:
                 a.weight, b.weight = nn.Parameter(a.weight[:1].clone()), nn.Parameter(b.weight[:, :1].clone())
     follow_adapters(program)
     found_loss, found = step(program, model, Keep.NO_MLP)
-    loss, wanted = by_autograd(model, with_masks(model), examples(LENGTHS))
+    loss, wanted = by_autograd(model, with_masks(model, KEY), examples(LENGTHS))
     assert found_loss == pytest.approx(loss, rel=1e-12)
     assert_close(found, wanted, 1e-9)
 

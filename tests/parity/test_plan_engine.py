@@ -19,7 +19,7 @@ from thriftune.data import Example
 from thriftune.engine import program as program_module
 from thriftune.engine.attention import ReferenceAttention
 from thriftune.engine.choose import why_not_here
-from thriftune.engine.layer import Step, forward
+from thriftune.engine.layer import forward
 from thriftune.engine.packing import pack
 from thriftune.engine.program import Program
 from thriftune.engine.read import read_program
@@ -57,6 +57,8 @@ ADAPTERS: dict[str, list[str]] = {
     "rank 24": ["lora_r=24"],
     "attention": ["target_modules=q_proj,v_proj"],
     "MLP": ["target_modules=gate_proj,up_proj,down_proj"],
+    "dropout": ["lora.dropout=0.1"],
+    "dropout, odd ranks": ["lora.dropout=0.1", "lora_r=3", "target_modules=q_proj,v_proj,down_proj"],
 }
 
 
@@ -92,7 +94,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 def kept_bytes(program: Program, keep: Keep) -> int:
     """Bytes of everything that the layers' forward passes leave for their backward passes, each storage once."""
     batch = pack(examples(), CPU)
-    step = Step(batch, program.angles.cos_PC, program.angles.sin_PC, ReferenceAttention())
+    step = program.step_of(batch, ReferenceAttention(), program.key_of_step())
     found: dict[int, int] = {}
     saved = []
     with torch.no_grad():
@@ -158,7 +160,8 @@ def test_gradients_take_what_is_planned(adapter):
     program, model = program_of(SHAPES["llama"], recipe, torch.float32)
     case = planned(SHAPES["llama"], recipe)
     program.copy_masters()
-    program.add_gradients(pack(examples(), CPU), 1.0, [Keep.ALL] * 3, ReferenceAttention())
+    key = program.key_of_step()
+    program.add_gradients(pack(examples(), CPU), 1.0, [Keep.ALL] * 3, ReferenceAttention(), key)
     gradients = {parameter.grad.untyped_storage().data_ptr(): parameter.grad.untyped_storage().nbytes()
                  for parameter in model.parameters() if parameter.grad is not None}  # fmt: skip
     assert gradient_bytes(case) == sum(gradients.values())
