@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thriftune.kernels import cross_entropy, four_bit, fp8, rms_norm, rope, swiglu
+from thriftune.kernels import cross_entropy, dropout, four_bit, fp8, rms_norm, rope, swiglu
 from thriftune.kernels.launch import runs_triton
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # two roundings to 8 bits may fall apart
@@ -137,7 +137,29 @@ def check_four_bit_in_8(dtype: torch.dtype) -> None:
                 same(found, (exact / scales).to(dtype))
 
 
-CHECKS = (check_rms_norm, check_rope, check_swiglu, check_cross_entropy, check_four_bit, check_fp8, check_four_bit_in_8)
+def check_dropout(dtype: torch.dtype) -> None:
+    """The same elements stay, to the last one; in float32 the same bits come out."""
+    for rows, size in ((3, 7), (5, 64), (2, 5000)):
+        places = (torch.randint(10**6, (rows,)), torch.randint(4096, (rows,)))
+        for linear, rate, key in ((0, 0.05, (1, 0)), (1, 0.3, (2**31 - 1, 16)), (223, 0.9, (7, 2**31 - 1))):
+            draw, x = dropout.Draw(key, *places), apart(rows, size, dtype)
+            found, wanted = apart(rows, size, dtype), apart(rows, size, dtype)
+            dropout.drop(x, draw, linear, rate, found)
+            dropout.apply_reference(x, draw, linear, rate, wanted, add=False)
+            assert torch.equal(found == 0, ~dropout.kept_reference(draw, linear, rate, size))
+            same(found, wanted)
+            assert dtype != torch.float32 or torch.equal(found, wanted)
+            dropout.add_dropped(x, draw, linear, rate, found)
+            dropout.apply_reference(x, draw, linear, rate, wanted, add=True)
+            same(found, wanted)
+            assert dtype != torch.float32 or torch.equal(found, wanted)
+            dropout.drop(x, draw, linear, rate, x)
+            dropout.add_dropped(x, draw, linear + 1, 0.0, x)
+            assert torch.equal(x == 0, ~dropout.kept_reference(draw, linear, rate, size))
+
+
+CHECKS = (check_rms_norm, check_rope, check_swiglu, check_cross_entropy, check_four_bit, check_fp8, check_four_bit_in_8,
+          check_dropout)  # fmt: skip
 
 
 def main() -> None:

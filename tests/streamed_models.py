@@ -79,7 +79,11 @@ def _program(model: nn.Module, fp8: bool = False) -> Program:
 
 
 def make_pair(
-    kind: str = "llama", quant: QuantRecipe | None = None, targets: Sequence[str] = ALL, **sizes: Any
+    kind: str = "llama",
+    quant: QuantRecipe | None = None,
+    targets: Sequence[str] = ALL,
+    dropout: float = 0.0,
+    **sizes: Any,
 ) -> Pair:
     quant = quant or QuantRecipe()
     config = {"model_type": kind, **SIZES, **sizes}
@@ -94,13 +98,13 @@ def make_pair(
         if not hasattr(parameter, "quant_state"):
             fill(shell, name, parameter.data.clone(), CPU, tied)
     finish_shell(shell, CPU)
-    models = [_adapted(model, targets) for model in (whole, shell)]
+    models = [_adapted(model, targets, dropout) for model in (whole, shell)]
     slabs = _slabs(_program(models[0]), quant)
     return Pair(models[0], models[1], slabs)
 
 
-def _adapted(model: nn.Module, targets: Sequence[str]) -> nn.Module:
-    settings: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": list(targets)}
+def _adapted(model: nn.Module, targets: Sequence[str], dropout: float) -> nn.Module:
+    settings: dict[str, Any] = {"r": 3, "lora_alpha": 5, "lora_dropout": dropout, "target_modules": list(targets)}
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     draw = torch.Generator().manual_seed(5)
     for name, parameter in adapted.named_parameters():

@@ -22,7 +22,9 @@ from thriftune.engine.packing import pack
 from thriftune.engine.residency import Streaming
 from thriftune.engine.shelf import DeviceShelf, HostShelf, Shelf
 from thriftune.engine.sizes import Keep
+from thriftune.kernels.dropout import Key
 
+KEY, OTHER_KEY = (1, 2), (1, 3)  # of two steps' masks, where there is dropout
 DELAY_CYCLES = 60_000_000  # some 30 ms: far longer than a layer computes on so few tokens
 LAYERS = 4
 
@@ -97,11 +99,11 @@ def check(name: str, device: torch.device, extra: Sequence[str], say: Callable[[
     def resident() -> dict[str, Tensor]:
         model.streaming(range(LAYERS), 1, HostLane())
         for part in parts:
-            program.add_gradients(part, 1e-2, [Keep.INPUT] * LAYERS, attention)
+            program.add_gradients(part, 1e-2, [Keep.INPUT] * LAYERS, attention, KEY)
         return gradients(model.model)
 
-    def streamed(streaming: Streaming, shelf: Shelf) -> dict[str, Tensor]:
-        by_layer.add_gradients(program, streaming, shelf, parts, 1e-2, attention)
+    def streamed(streaming: Streaming, shelf: Shelf, key: Key = KEY) -> dict[str, Tensor]:
+        by_layer.add_gradients(program, streaming, shelf, parts, 1e-2, attention, key)
         if cuda:
             torch.cuda.synchronize(device)  # with a bug planted, copies may still run when their slots are given back
         return gradients(model.model)
@@ -130,6 +132,10 @@ def check(name: str, device: torch.device, extra: Sequence[str], say: Callable[[
         found["planted: copies not waited for"] = lambda: streamed(
             model.streaming((), 2, lane(DeafLane)), DeviceShelf()
         )
+    if program.drops:
+        found["planted: another step's masks"] = lambda: streamed(
+            model.streaming((), 2, lane(CudaLane)), DeviceShelf(), OTHER_KEY
+        )
     rows = []
     for what, run in found.items():
         count = equal(run(), wanted)
@@ -147,4 +153,5 @@ def check_all(names: Sequence[str], device: torch.device, say: Callable[[str], N
     for name in names:
         rows += check(name, device, (), say)
     # Layers that end in a plain frozen projection: without an adapter on `down`, nor on others.
-    return rows + check(names[-1], device, ("lora_target_modules=q_proj,v_proj",), say)
+    rows += check(names[-1], device, ("lora_target_modules=q_proj,v_proj",), say)
+    return rows + check(names[-1], device, ("lora_dropout=0.1",), say)

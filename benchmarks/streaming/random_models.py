@@ -121,7 +121,7 @@ def make_model(
         if parameter.is_meta:
             values = torch.empty(parameter.shape, dtype=dtype, device=device)
             values = values.normal_(0.0, 0.02, generator=generator) if parameter.ndim > 1 else values.fill_(1.0)
-            fill(network, path, values, device, tied=False)
+            fill(network, path, values, device, embedding_on_device=False)
     finish_shell(network, device)
     loaded = LoadedModel(
         model=network,

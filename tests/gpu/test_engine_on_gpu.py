@@ -276,7 +276,7 @@ def examples(lengths: tuple[int, ...]) -> list[Example]:
     ]
 
 
-def network(size: str, kind: str, dtype: torch.dtype) -> nn.Module:
+def network(size: str, kind: str, dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
     """One or two layers at real sizes; weights are exact in bfloat16, adapters of a trained size."""
     import peft
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -294,9 +294,8 @@ def network(size: str, kind: str, dtype: torch.dtype) -> nn.Module:
             values = torch.empty(parameter.shape, device=device()).normal_(0, 0.02, generator=generator)
             parameter.data.copy_(values.to(BF16))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=targets)
-    )
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=dropout, target_modules=targets)
+    model = peft.get_peft_model(base, lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             values = torch.empty(parameter.shape, device=device()).normal_(0, 0.01, generator=generator)

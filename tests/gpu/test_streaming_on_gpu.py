@@ -28,11 +28,18 @@ MIB = 1024**2
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("8B", ()), ("70B", ()), ("123B", ()), ("70B", ("lora_target_modules=q_proj,v_proj",))]
+    ("name", "words"),
+    [
+        ("8B", ()),
+        ("70B", ()),
+        ("123B", ()),
+        ("70B", ("lora_target_modules=q_proj,v_proj",)),
+        ("70B", ("lora_dropout=0.1",)),
+    ],
 )
 def test_every_gradient_is_the_resident_programs_and_planted_bugs_are_found(name, words) -> None:
     rows = equality.check(name, GPU, words, print)
-    assert len(rows) == 6
+    assert len(rows) == (7 if "lora_dropout=0.1" in words else 6)
     assert all(row["as_it_must_be"] for row in rows), [row for row in rows if not row["as_it_must_be"]]
 
 

@@ -271,15 +271,17 @@ def test_accumulated_micro_batches_are_cut_as_whole_ones_are(model, rows, tmp_pa
     assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-5)
 
 
-def test_with_dropout_and_evaluation_a_cut_disturbs_nothing(model, rows, tmp_path):
+@pytest.mark.parametrize("engine", ["off", "auto"])
+def test_with_dropout_and_evaluation_a_cut_disturbs_nothing(model, rows, tmp_path, engine):
     """Measuring the loss around a cut draws nothing from the steps' randomness: one that keeps all changes no loss."""
-    settings = {"lora": {"alpha": 8.0, "dropout": 0.2}, "data": {"eval_path": str(rows)}}
+    settings = {"lora": {"alpha": 8.0, "dropout": 0.2}, "data": {"eval_path": str(rows)}, "engine": engine}
     train = {"eval_strategy": "steps", "eval_steps": 2, "adam_epsilon": 1e-3}
     run(model, rows, tmp_path / "kept", **settings, dynamic={"keep": 1.0}, train=train)
     plain = {**settings, "lora": {"alpha": 8.0, "r": 8, "dropout": 0.2}}
     train_tiny(
         tiny_recipe(model, rows, tmp_path / "lora", **plain, train={"max_steps": 10, "learning_rate": 3e-3, **train})
     )
+    assert record_of(tmp_path / "kept").path == ("generic" if engine == "off" else "engine")
     assert losses_of(tmp_path / "kept") == losses_of(tmp_path / "lora")
     assert [m.eval_loss for m in metrics_of(tmp_path / "kept")] == [m.eval_loss for m in metrics_of(tmp_path / "lora")]
 

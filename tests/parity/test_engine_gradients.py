@@ -235,7 +235,6 @@ def test_the_models_own_linears_go_on_working_and_masters_are_taken_over() -> No
     ("changes", "lora", "reason"),
     [
         ({"hidden_act": "gelu"}, {}, "activation is gelu"),
-        ({}, {"lora_dropout": 0.1}, "dropout on model.layers.0.self_attn.q_proj"),
         ({}, {"use_dora": True}, "a variant of LoRA"),
         ({}, {"bias": "all"}, "bias"),
         ({}, {"lora_bias": True}, "a bias of the adapter"),

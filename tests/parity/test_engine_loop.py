@@ -68,16 +68,20 @@ def test_a_run_is_that_of_the_generic_path(model, rows, eval_rows, tmp_path, met
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=30 * tolerance)
 
 
-def test_resuming_changes_no_bit(model, rows, tmp_path):
-    changes: dict[str, Any] = {"engine": "auto", "train": {"save_strategy": "steps", "save_steps": 3}}
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resuming_changes_no_bit(model, rows, tmp_path, dropout):
+    changes: dict[str, Any] = {
+        "engine": "auto",
+        "lora": {"dropout": dropout},
+        "train": {"save_strategy": "steps", "save_steps": 3},
+    }
     train_tiny(tiny_recipe(model, rows, tmp_path / "whole", **changes))
     train_tiny(tiny_recipe(model, rows, tmp_path / "two", **{**changes, "train": {**changes["train"]}}))
     for name in ("adapter", "record.json", "checkpoint-6"):
         target = tmp_path / "two" / name
         target.unlink() if target.is_file() else _remove(target)
-    resumed = tiny_recipe(
-        model, rows, tmp_path / "two", engine="auto", train={**changes["train"], "resume_from_checkpoint": "auto"}
-    )
+    again = {**changes, "train": {**changes["train"], "resume_from_checkpoint": "auto"}}
+    resumed = tiny_recipe(model, rows, tmp_path / "two", **again)
     record = train_tiny(resumed)
     assert any("at step 3" in event for event in record.events)
     assert numbers_of(tmp_path / "two") == numbers_of(tmp_path / "whole")
@@ -91,19 +95,23 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def test_out_of_memory_keeps_less_then_cuts_the_step_and_ends_where_it_would_have(model, rows, tmp_path, monkeypatch):
-    train_tiny(tiny_recipe(model, rows, tmp_path / "whole", engine="auto", train=SMOOTH))
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_out_of_memory_keeps_less_then_cuts_the_step_and_ends_where_it_would_have(
+    model, rows, tmp_path, monkeypatch, dropout
+):
+    changes: dict[str, Any] = {"engine": "auto", "lora": {"dropout": dropout}}
+    train_tiny(tiny_recipe(model, rows, tmp_path / "whole", **changes, train=SMOOTH))
     add_gradients, asked = Program.add_gradients, []
 
-    def full_above(self: Program, batch: Any, scale: float, keep: Any, attention: Any) -> Any:
+    def full_above(self: Program, batch: Any, scale: float, keep: Any, *rest: Any) -> Any:
         asked.append((keep[0], batch.segments.tokens))
         if keep[0] < Keep.INPUT or batch.segments.tokens > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return add_gradients(self, batch, scale, keep, attention)
+        return add_gradients(self, batch, scale, keep, *rest)
 
     monkeypatch.setattr(Program, "add_gradients", full_above)
     automatic = {"gradient_checkpointing": "auto", **SMOOTH}
-    record = train_tiny(tiny_recipe(model, rows, tmp_path / "parts", engine="auto", train=automatic))
+    record = train_tiny(tiny_recipe(model, rows, tmp_path / "parts", **changes, train=automatic))
     assert [keep for keep, _ in asked[:4]] == [Keep.ALL, Keep.NO_MLP, Keep.RESIDUALS, Keep.INPUT]
     told = [event for event in record.events if event.startswith("out of memory")]
     assert len(told) >= 4 and "tokens at once, same step, same examples" in told[3]
@@ -183,10 +191,31 @@ def test_what_the_engine_cannot_do_takes_the_generic_path_and_says_so(model, row
         def saved(self, folder: Path) -> None: ...
         def end(self) -> None: ...
 
-    recipe = tiny_recipe(model, rows, tmp_path / "run", engine="auto", lora={"dropout": 0.1}, train={"max_steps": 1})
+    recipe = tiny_recipe(model, rows, tmp_path / "run", engine="auto", lora={"use_dora": True}, train={"max_steps": 1})
     record = train_tiny(recipe, [Listener()])
-    assert record.path == "generic" and "dropout" in record.path_reason
+    assert record.path == "generic" and "a variant of LoRA" in record.path_reason
     assert said[0] == f"path: generic ({record.path_reason})"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_dropout_is_in_every_step_and_in_no_evaluation(model, rows, eval_rows, tmp_path, method):
+    """Weights stand still here. The eval loss is that of the generic path and of a run without dropout, the steps'
+    losses are not; evaluating more often changes none of them."""
+    losses: dict[str, list[float]] = {}
+    for name, every, engine, dropout in (
+        ("often", 1, "auto", 0.5), ("once", 4, "auto", 0.5), ("generic", 4, "off", 0.5), ("without", 4, "auto", 0.0)
+    ):  # fmt: skip
+        train = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": every, "learning_rate": 1e-9}
+        lora = {"dropout": dropout, "init_lora_weights": False}
+        sections: dict[str, Any] = {"lora": lora, "train": train, "data": {"eval_path": str(eval_rows)}}
+        record = train_tiny(tiny_recipe(model, rows, tmp_path / name, engine=engine, method=method, **sections))
+        assert record.path == ("generic" if engine == "off" else "engine")
+        losses[name] = [*losses_of(tmp_path / name), record.eval_loss]
+    assert losses["often"] == losses["once"]
+    tolerance = 1e-5 if method == "lora" else 1e-3
+    assert losses["once"][-1] == pytest.approx(losses["generic"][-1], abs=tolerance)
+    assert losses["once"][-1] == pytest.approx(losses["without"][-1], abs=1e-6)
+    assert all(abs(mine - theirs) > 1e-3 for mine, theirs in zip(losses["once"][:-1], losses["without"], strict=False))
 
 
 def test_the_adapter_written_is_the_one_trained(model, rows, tmp_path):

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from thriftune.catalog.gpus import find_gpu
 from thriftune.data import Example
 from thriftune.engine import program as program_module
+from thriftune.engine import weights
 from thriftune.engine.attention import ReferenceAttention
 from thriftune.engine.choose import why_not_here
-from thriftune.engine.layer import Step, forward
+from thriftune.engine.layer import forward
 from thriftune.engine.packing import pack
 from thriftune.engine.program import Program
 from thriftune.engine.read import read_program
@@ -57,6 +58,8 @@ ADAPTERS: dict[str, list[str]] = {
     "rank 24": ["lora_r=24"],
     "attention": ["target_modules=q_proj,v_proj"],
     "MLP": ["target_modules=gate_proj,up_proj,down_proj"],
+    "dropout": ["lora.dropout=0.1"],
+    "dropout, odd ranks": ["lora.dropout=0.1", "lora_r=3", "target_modules=q_proj,v_proj,down_proj"],
 }
 
 
@@ -92,7 +95,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 def kept_bytes(program: Program, keep: Keep) -> int:
     """Bytes of everything that the layers' forward passes leave for their backward passes, each storage once."""
     batch = pack(examples(), CPU)
-    step = Step(batch, program.angles.cos_PC, program.angles.sin_PC, ReferenceAttention())
+    step = program.step_of(batch, ReferenceAttention(), program.key_of_step())
     found: dict[int, int] = {}
     saved = []
     with torch.no_grad():
@@ -158,7 +161,8 @@ def test_gradients_take_what_is_planned(adapter):
     program, model = program_of(SHAPES["llama"], recipe, torch.float32)
     case = planned(SHAPES["llama"], recipe)
     program.copy_masters()
-    program.add_gradients(pack(examples(), CPU), 1.0, [Keep.ALL] * 3, ReferenceAttention())
+    key = program.key_of_step()
+    program.add_gradients(pack(examples(), CPU), 1.0, [Keep.ALL] * 3, ReferenceAttention(), key)
     gradients = {parameter.grad.untyped_storage().data_ptr(): parameter.grad.untyped_storage().nbytes()
                  for parameter in model.parameters() if parameter.grad is not None}  # fmt: skip
     assert gradient_bytes(case) == sum(gradients.values())
@@ -261,3 +265,36 @@ def lora_config(recipe: Recipe) -> peft.LoraConfig:
         modules_to_save=lora.modules_to_save,
         **lora.options,
     )
+
+
+@pytest.mark.parametrize("keep", Keep)
+def test_what_lies_beside_masked_inputs_is_counted(keep, monkeypatch):
+    """All tensors that are there when a mask is applied, of a model whose MLP needs most then."""
+    config = {**SHAPES["llama"], "intermediate_size": 1024}
+    recipe = read_recipe(None, ["method=lora", "lora.dropout=0.1"])
+    program, _ = program_of(config, recipe, torch.float32)
+    sizes, batch, found = planned(config, recipe).sizes, pack(examples(), CPU), []
+
+    def watched(apply: Any) -> Any:
+        def noted(*arguments: Any) -> None:
+            found.append(sum(storages().values()) - held)
+            apply(*arguments)
+
+        return noted
+
+    for name in ("drop", "add_dropped"):
+        monkeypatch.setattr(weights, name, watched(getattr(weights, name)))
+    program.copy_masters()
+    held = 0
+    program.add_gradients(batch, 1.0, [keep] * 3, ReferenceAttention(), (1, 2))  # from here on gradients have places
+    held = sum(storages().values())
+    found.clear()
+    program.add_gradients(batch, 1.0, [keep] * 3, ReferenceAttention(), (1, 2))
+    counted = batch.segments.tokens * (sizes.kept_bytes(keep) + sizes.working_bytes(keep))
+    assert 0.8 * counted < max(found) <= counted
+
+
+def storages() -> dict[int, int]:
+    """Bytes of all memory that a tensor of this process is in, by its address."""
+    alive = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    return {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in alive}

@@ -127,4 +127,5 @@ def test_triton_kernels_agree_with_their_references() -> None:
         "four_bit",
         "fp8",
         "four_bit_in_8",
+        "dropout",
     ]

@@ -37,6 +37,8 @@ KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
                       "place_example": FP8, "wanted": "fp32"}, {"N": 256, "R": 16}),
     ("fp8", "unpack_transposed", {**PACKED, "row_scales_ptr": F32, "out_ptr": FP8},
      {"NESTED": True, "WEIGHTS": 64, "ROWS": 128}),
+    ("dropout", "apply", {"rows_ptr": I64, "positions_ptr": I64, "factor": "fp32"}, {"ADD": True, "BLOCK": 512}),
+    ("dropout", "apply", {"rows_ptr": I64, "positions_ptr": I64, "factor": "fp32"}, {"ADD": False, "BLOCK": 512}),
 ]  # fmt: skip
 
 
@@ -63,5 +65,5 @@ def test_no_kernel_is_left_out() -> None:
         found = vars(importlib.import_module(f"thriftune.kernels.{module}_triton"))
         kernels = {name: value for name, value in found.items() if isinstance(value, triton.JITFunction)}
         own = {name for name, kernel in kernels.items() if kernel.fn.__module__.endswith(f"{module}_triton")}
-        called = {"_move", "weights_of_blocks"}  # by other kernels
+        called = {"_move", "weights_of_blocks", "_write"}  # by other kernels
         assert own - called == {name for at, name, *_ in KERNELS if at == module}

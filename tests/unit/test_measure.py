@@ -231,8 +231,8 @@ def test_a_step_planned_for_the_engine_goes_through_it_or_it_is_said():
     finally:
         hook.remove()
     assert found.step_s > 0 and "LlamaMLP" not in seen
-    with pytest.raises(ModelError, match="does not take this model: dropout"):
-        measure_step(STORIES, replace(step("lora", WORK, False, "lora.dropout=0.1"), choice=choice))
+    with pytest.raises(ModelError, match="does not take this model: a variant of LoRA"):
+        measure_step(STORIES, replace(step("lora", WORK, False, "use_dora=true"), choice=choice))
 
 
 def test_a_step_that_the_model_cannot_make_is_said_and_no_traceback(monkeypatch):

@@ -202,7 +202,7 @@ def test_without_recomputation_a_plan_that_does_not_fit_says_that_auto_would():
     ("words", "method", "key", "reason"),
     [
         (["engine=off"], "lora", "h200", "the recipe says engine: off"),
-        (["lora.dropout=0.1"], "lora", "h200", "dropout"),
+        (["use_dora=true"], "lora", "h200", "a variant of LoRA"),
         ([], "qlora", "t4", "no bfloat16 products"),
         ([], "lora", "m4-max-128gb", "it runs on CUDA and on CPUs"),
         (["target_modules=[lm_head, q_proj]"], "lora", "h200", "an adapter on lm_head"),

@@ -20,7 +20,7 @@ from thriftune.units import GIB
 
 LAYER = LayerSizes(
     StackSizes(8192, 10240, 64), StackSizes(8192, 8192, 64), StackSizes(8192, 57344, 64), StackSizes(28672, 8192, 64),
-    64, 8, False,
+    64, 8, False, False,
 )  # fmt: skip
 SIZES = ProgramSizes([(LAYER, 80)], 8192, 128_256, 2, fp8=False)
 SLAB = slab_bytes(LAYER, NF4_BYTES[True])

@@ -400,8 +400,9 @@ def test_8_bit_products_are_refused_before_anything_is_loaded_where_the_engine_d
     assert planned("h100-pcie").chosen.path == "engine"
     with pytest.raises(InputError, match="no products in 8-bit floats"):
         planned("a100-80gb")
-    with pytest.raises(InputError, match="dropout"):
-        planned("h100-pcie", "method=lora", "lora_dropout=0.1")
+    assert planned("h100-pcie", "method=lora", "lora_dropout=0.1").chosen.path == "engine"
+    with pytest.raises(InputError, match="a variant of LoRA"):
+        planned("h100-pcie", "method=lora", "use_dora=true")
 
 
 def test_recomputation_follows_memory_and_the_recipes_word(llama_8b):

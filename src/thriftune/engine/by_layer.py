@@ -23,6 +23,7 @@ from thriftune.engine.residency import Streaming
 from thriftune.engine.shelf import Shelf
 from thriftune.engine.sizes import Keep
 from thriftune.engine.weights import Outgoing
+from thriftune.kernels.dropout import Key
 
 
 def add_gradients(
@@ -32,11 +33,12 @@ def add_gradients(
     parts: Sequence[PackedBatch],
     scale: float,
     attention: Attention,
+    key: Key | None = None,
 ) -> Tensor:
     """As `Program.add_gradients`, for all parts of a step; returns the sum of all their losses."""
     layers, last = program.layers, len(program.layers) - 1
     with torch.no_grad():
-        steps = [Step(part, program.angles.cos_PC, program.angles.sin_PC, attention) for part in parts]
+        steps = [program.step_of(part, attention, key) for part in parts]
         streaming.begin([*range(len(layers)), *reversed(range(len(layers)))])
         shelf.begin([part.segments.tokens for part in parts])
         x_TD = [program.embed(part.tokens_T) for part in parts]
@@ -77,7 +79,7 @@ def add_gradients(
 
 
 def losses(program: Program, streaming: Streaming, parts: Sequence[PackedBatch], attention: Attention) -> Tensor:
-    """Sum of the targets' losses of all parts, a float64 scalar; nothing is kept."""
+    """Sum of the targets' losses of all parts without dropout, a float64 scalar; nothing is kept."""
     with torch.no_grad():
         steps = [Step(part, program.angles.cos_PC, program.angles.sin_PC, attention) for part in parts]
         streaming.begin(range(len(program.layers)))

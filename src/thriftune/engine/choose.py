@@ -65,7 +65,7 @@ def warm_up(config: Mapping[str, Any], recipe: Recipe, device: torch.device, fou
     if why_not_method(recipe, recipe.method):
         return Warming(None)
     fp8 = recipe.precision == "fp8"
-    return start_warming(config, device, four_bit, fp8, rank_multiple("cuda", fp8))
+    return start_warming(config, device, four_bit, fp8, recipe.lora.dropout, rank_multiple("cuda", fp8))
 
 
 def engine_path(

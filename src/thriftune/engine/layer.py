@@ -16,6 +16,7 @@ from thriftune.engine.attention import Attention, Kind
 from thriftune.engine.packing import PackedBatch
 from thriftune.engine.sizes import Keep, LayerSizes
 from thriftune.engine.weights import Outgoing, Stack
+from thriftune.kernels.dropout import Draw
 from thriftune.kernels.rms_norm import rms_norm, rms_norm_backward
 from thriftune.kernels.rope import Heads, turn
 from thriftune.kernels.swiglu import swiglu, swiglu_backward
@@ -52,7 +53,8 @@ class Layer:
     def sizes(self) -> LayerSizes:
         norms = self.query_norm is not None
         qkv, o, gate_up, down = (stack.sizes for stack in self.stacks)
-        return LayerSizes(qkv, o, gate_up, down, self.heads, self.groups, norms)
+        drops = any(stack.drops for stack in self.stacks)
+        return LayerSizes(qkv, o, gate_up, down, self.heads, self.groups, norms, drops)
 
     @property
     def columns(self) -> tuple[slice, slice, slice]:
@@ -91,12 +93,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers share in one pass: where tokens stand, the angles, and the attention kernel."""
+    """What all layers share in one pass: where tokens stand, the angles, the attention kernel, and what the masks of
+    dropout are drawn by (None: there is no dropout)."""
 
     batch: PackedBatch
     cos_PC: Tensor  # noqa: N815
     sin_PC: Tensor  # noqa: N815
     attention: Attention
+    draw: Draw | None = None
 
 
 @dataclass
@@ -141,12 +145,12 @@ class _GateUp:
 def forward(layer: Layer, x_TD: Tensor, step: Step, keep: Keep) -> tuple[Tensor, Saved]:
     qkv = _project(layer, x_TD, step)
     attended = _attend(layer, qkv, step)
-    middle_TD, side_o_TR = layer.o.forward(attended.out_TX, x_TD)
+    middle_TD, side_o_TR = layer.o.forward(attended.out_TX, x_TD, step.draw)
     attended = _Attended(attended.out_TX, attended.kept, side_o_TR)
-    gate_up = _gate_up(layer, middle_TD)
+    gate_up = _gate_up(layer, middle_TD, step)
     h_TX = layer.down.input_buffer(x_TD)
     swiglu(gate_up.place.gradient_TO, h_TX[:, : layer.down.size_in])
-    y_TD, side_down_TR = layer.down.forward(h_TX, middle_TD)
+    y_TD, side_down_TR = layer.down.forward(h_TX, middle_TD, step.draw)
     saved = Saved(x_TD, down_side_TR=side_down_TR)
     if keep <= Keep.RESIDUALS:
         saved.middle_TD = middle_TD
@@ -161,7 +165,7 @@ def _project(layer: Layer, x_TD: Tensor, step: Step) -> _Qkv:
     """Norm, queries, keys and values, their norms and their rotation."""
     normed_TX = layer.qkv.input_buffer(x_TD)
     rstd_T1 = rms_norm(x_TD, layer.input_norm.weight_D, layer.input_norm.epsilon, normed_TX[:, : layer.qkv.size_in])
-    product_TN, side_TR = layer.qkv.forward(normed_TX, None)
+    product_TN, side_TR = layer.qkv.forward(normed_TX, None, step.draw)
     heads, sources = layer.heads_alone(product_TN), layer.heads_of(product_TN)
     turning = (step.cos_PC, step.sin_PC, step.batch.positions_T)
     if layer.query_norm is None or layer.key_norm is None:
@@ -183,12 +187,12 @@ def _attend(layer: Layer, qkv: _Qkv, step: Step) -> _Attended:
     return _Attended(out_TX, kept, None)
 
 
-def _gate_up(layer: Layer, middle_TD: Tensor) -> _GateUp:
+def _gate_up(layer: Layer, middle_TD: Tensor, step: Step) -> _GateUp:
     normed_TX = layer.gate_up.input_buffer(middle_TD)
     norm = layer.mlp_norm
     rstd_T1 = rms_norm(middle_TD, norm.weight_D, norm.epsilon, normed_TX[:, : layer.gate_up.size_in])
     place = layer.gate_up.output_buffer(middle_TD)
-    _, side_TR = layer.gate_up.forward(normed_TX, None, place.gradient_TO)
+    _, side_TR = layer.gate_up.forward(normed_TX, None, step.draw, place.gradient_TO)
     return _GateUp(rstd_T1, side_TR, place)
 
 
@@ -198,15 +202,14 @@ def _compute_again(layer: Layer, saved: Saved, step: Step) -> None:
         saved.qkv = _project(layer, saved.x_TD, step)
     if saved.attended is None:
         saved.attended = _attend(layer, saved.qkv, step)
-        side_TR = None
         if saved.middle_TD is None:
-            saved.middle_TD, side_TR = layer.o.forward(saved.attended.out_TX, saved.x_TD)
-        elif layer.o.rank:
-            side_TR = saved.attended.out_TX[:, : layer.o.size_in] @ layer.o.a_RI.T
+            saved.middle_TD, side_TR = layer.o.forward(saved.attended.out_TX, saved.x_TD, step.draw)
+        else:
+            side_TR = layer.o.side(saved.attended.out_TX[:, : layer.o.size_in], step.draw)
         saved.attended = _Attended(saved.attended.out_TX, saved.attended.kept, side_TR)
     assert saved.middle_TD is not None
     if saved.gate_up is None:
-        saved.gate_up = _gate_up(layer, saved.middle_TD)
+        saved.gate_up = _gate_up(layer, saved.middle_TD, step)
 
 
 def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer | None) -> Outgoing | None:
@@ -217,16 +220,16 @@ def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer 
     assert qkv is not None and attended is not None and gate_up is not None and middle_TD is not None
 
     # -- the MLP -------------------------------------------------------------------------------------------------
-    dh_TF = layer.down.backward(dy, wants_dx=True)
+    dh_TF = layer.down.backward(dy, True, step.draw)
     assert dh_TF is not None
     dgate_up = gate_up.place
     swiglu_backward(dgate_up.gradient_TO, dh_TF, dgate_up.gradient_TO, dh_TF if layer.down.rank else None)
-    layer.down.add_gradients(dy, dh_TF, saved.down_side_TR)  # dh_TF is the MLP's input by now
+    layer.down.add_gradients(dy, dh_TF, saved.down_side_TR, step.draw)  # dh_TF is the MLP's input by now
     del dh_TF
     normed_TD = _normed_again(layer.mlp_norm, middle_TD) if layer.gate_up.rank else None
-    dnormed_TD = layer.gate_up.backward(dgate_up, wants_dx=True)
+    dnormed_TD = layer.gate_up.backward(dgate_up, True, step.draw)
     assert dnormed_TD is not None
-    layer.gate_up.add_gradients(dgate_up, normed_TD, gate_up.side_TR)
+    layer.gate_up.add_gradients(dgate_up, normed_TD, gate_up.side_TR, step.draw)
     dmiddle = layer.o.output_buffer(dnormed_TD)
     rms_norm_backward(
         dnormed_TD, middle_TD, layer.mlp_norm.weight_D, gate_up.rstd_T1, dy.gradient_TO, dmiddle.gradient_TO
@@ -236,9 +239,9 @@ def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer 
 
     # -- attention -----------------------------------------------------------------------------------------------
     out_TQ = attended.out_TX[:, : layer.o.size_in]
-    dout_TQ = layer.o.backward(dmiddle, wants_dx=True)
+    dout_TQ = layer.o.backward(dmiddle, True, step.draw)
     assert dout_TQ is not None
-    layer.o.add_gradients(dmiddle, out_TQ, attended.side_TR)
+    layer.o.add_gradients(dmiddle, out_TQ, attended.side_TR, step.draw)
     by_head = (layer.heads, layer.head_size)
     dheads = layer.heads_alone(dout_TQ)
     step.attention.backward(
@@ -261,8 +264,8 @@ def backward(layer: Layer, dy: Outgoing, saved: Saved, step: Step, below: Layer 
             rms_norm_backward(part_TN, qkv.product_TN[:, columns], norm.weight_D, rstd_TG, None, part_TN)
     saved.attended = None
     normed_TD = _normed_again(layer.input_norm, saved.x_TD) if layer.qkv.rank else None
-    dnormed_TD = layer.qkv.backward(dqkv, wants_dx=below is not None)
-    layer.qkv.add_gradients(dqkv, normed_TD, qkv.side_TR)
+    dnormed_TD = layer.qkv.backward(dqkv, below is not None, step.draw)
+    layer.qkv.add_gradients(dqkv, normed_TD, qkv.side_TR, step.draw)
     if dnormed_TD is None or below is None:
         return None
     dx = below.down.output_buffer(dnormed_TD)

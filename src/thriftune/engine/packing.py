@@ -33,10 +33,12 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """`predicting_N` are the places whose next token is trained, `targets_N` those tokens. int64 but the segments."""
+    """`rows_T` are the rows of the data that tokens come from, `predicting_N` the places whose next token is trained,
+    `targets_N` those tokens. int64 but the segments."""
 
     tokens_T: Tensor  # noqa: N815
     positions_T: Tensor  # noqa: N815
+    rows_T: Tensor  # noqa: N815
     predicting_N: Tensor  # noqa: N815
     targets_N: Tensor  # noqa: N815
     segments: Segments
@@ -51,15 +53,16 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     trained[starts[:-1]] = False
     trained_at = np.flatnonzero(trained)
     positions = np.concatenate([np.arange(length) for length in lengths])
+    rows = np.repeat([example.row for example in examples], lengths)
     # One copy to the device: the parts are views of it.
-    parts = [tokens, positions.astype(np.int64), trained_at - 1, tokens[trained_at]]
+    parts = [tokens, positions.astype(np.int64), rows.astype(np.int64), trained_at - 1, tokens[trained_at]]
     whole = torch.from_numpy(np.concatenate(parts))
     if device.type == "cuda":
         whole = whole.pin_memory()
     on_device = whole.to(device, non_blocking=True).split([len(part) for part in parts])
     starts_S1 = torch.from_numpy(starts.astype(np.int32)).to(device, non_blocking=True)
-    tokens_T, positions_T, predicting_N, targets_N = on_device
-    return PackedBatch(tokens_T, positions_T, predicting_N, targets_N, Segments(tuple(lengths), starts_S1))
+    tokens_T, positions_T, rows_T, predicting_N, targets_N = on_device
+    return PackedBatch(tokens_T, positions_T, rows_T, predicting_N, targets_N, Segments(tuple(lengths), starts_S1))
 
 
 def cut_by_tokens(examples: Sequence[Example], most_tokens: int) -> list[list[Example]]:

@@ -42,10 +42,11 @@ class EnginePath:
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
         keep, most_tokens = self._choose()
         self.program.copy_masters()
+        key, kept = self.program.key_of_step(), [keep] * len(self.program.layers)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in cut_by_tokens(examples, most_tokens):
             batch = pack(group, self.device)
-            total += self.program.add_gradients(batch, 1.0 / targets, [keep] * len(self.program.layers), self.attention)
+            total += self.program.add_gradients(batch, 1.0 / targets, kept, self.attention, key)
         return total / targets
 
     def losses(self, examples: Sequence[Example]) -> tuple[float, int]:

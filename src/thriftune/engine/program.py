@@ -20,6 +20,7 @@ from thriftune.engine.packing import PackedBatch
 from thriftune.engine.sizes import Keep, ProgramSizes
 from thriftune.engine.weights import Outgoing
 from thriftune.kernels.copies import Copies
+from thriftune.kernels.dropout import KEYS, Draw, Key
 from thriftune.kernels.fp8 import Sides
 
 
@@ -51,6 +52,29 @@ class Program:
         vocabulary, width = self.embedding_VD.shape
         kinds = Counter(layer.sizes for layer in self.layers)
         return ProgramSizes(list(kinds.items()), width, vocabulary, self.embedding_VD.element_size(), self.fp8)
+
+    @property
+    def drops(self) -> bool:
+        """Whether an adapter has dropout before it."""
+        return any(stack.drops for layer in self.layers for stack in layer.stacks)
+
+    def key_of_step(self) -> Key | None:
+        """What the masks of a step's dropout are drawn by, from torch's generator, which the loop seeds at every step's
+        start; None, and nothing is drawn, without dropout."""
+        if not self.drops:
+            return None
+        first, second = torch.randint(KEYS, (2,)).tolist()
+        return first, second
+
+    def step_of(self, batch: PackedBatch, attention: Attention, key: Key | None) -> Step:
+        """What layers share in a pass over a part of the step of this key. Raises ValueError where there is dropout and
+        no key."""
+        draw = None
+        if self.drops:
+            if key is None:
+                raise ValueError("a step with dropout needs the key that its masks are drawn by")
+            draw = Draw(key, batch.rows_T, batch.positions_T)
+        return Step(batch, self.angles.cos_PC, self.angles.sin_PC, attention, draw)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """The tokens' rows of the embedding, which may lie on the host: then only they cross over."""
@@ -84,11 +108,13 @@ class Program:
         self.forget_copies()
         return bool(held)
 
-    def add_gradients(self, batch: PackedBatch, scale: float, keep: Sequence[Keep], attention: Attention) -> Tensor:
+    def add_gradients(
+        self, batch: PackedBatch, scale: float, keep: Sequence[Keep], attention: Attention, key: Key | None = None
+    ) -> Tensor:
         """Add the gradient of scale * (sum of the targets' losses) to the adapters' `grad`; returns the sum itself, a
-        float64 scalar. `keep` says for each layer what it keeps."""
+        float64 scalar. `keep` says for each layer what it keeps, `key` is the step's (`key_of_step`)."""
         with torch.no_grad():
-            step = Step(batch, self.angles.cos_PC, self.angles.sin_PC, attention)
+            step = self.step_of(batch, attention, key)
             x_TD = self.embed(batch.tokens_T)
             saved: list[Saved] = []
             for layer, kept in zip(self.layers, keep, strict=True):
@@ -108,7 +134,7 @@ class Program:
             return loss
 
     def loss(self, batch: PackedBatch, attention: Attention) -> Tensor:
-        """Sum of the targets' losses, a float64 scalar; nothing is kept."""
+        """Sum of the targets' losses without dropout, a float64 scalar; nothing is kept."""
         with torch.no_grad():
             step = Step(batch, self.angles.cos_PC, self.angles.sin_PC, attention)
             x_TD = self.embed(batch.tokens_T)

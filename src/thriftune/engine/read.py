@@ -61,8 +61,8 @@ def _why_not_adapter(module: Any) -> str | None:
         return "more than one adapter, or a merged one,"
     if getattr(module, "lora_variant", None):
         return "a variant of LoRA"
-    if not isinstance(module.lora_dropout["default"], nn.Identity):
-        return "dropout"
+    if not isinstance(module.lora_dropout["default"], (nn.Identity, nn.Dropout)):
+        return f"dropout of another kind ({type(module.lora_dropout['default']).__name__})"
     if module.lora_B["default"].bias is not None:
         return "a bias of the adapter"
     if getattr(module, "fan_in_fan_out", False):
@@ -77,7 +77,7 @@ def read_program(model: nn.Module, longest: int, rank_multiple: int, fp8: bool) 
     inner, config = base.model, base.config
     with torch.no_grad():
         shared = SharedBuffers(rank_multiple, base.lm_head.weight, fp8)  # the embedding may lie on the host
-        layers = [_layer(module, config, shared) for module in inner.layers]
+        layers = [_layer(module, config, number, shared) for number, module in enumerate(inner.layers)]
         _find_traces([stack for layer in layers for stack in layer.stacks if stack.shared])
         weight_VD = base.lm_head.weight
         positions = torch.arange(longest, device=weight_VD.device)[None]
@@ -102,10 +102,10 @@ def follow_adapters(program: Program) -> None:
     their size one after the other, so that never two models lie in memory. Not with products in 8-bit floats."""
     assert not program.fp8, "recipes with ranks that change refuse precision=fp8"
     found: list[tuple[Stack, tuple[str, ...], list[Part]]] = []
-    for layer, module in zip(program.layers, program.base.model.layers, strict=True):
+    for number, (layer, module) in enumerate(zip(program.layers, program.base.model.layers, strict=True)):
         parents = (module.self_attn, module.self_attn, module.mlp, module.mlp)
         for stack, parent, names in zip(layer.stacks, parents, (QKV, OUT, GATE_UP, DOWN), strict=True):
-            found.append((stack, names, _parts(parent, names)))
+            found.append((stack, names, _parts(parent, names, number)))
     ranks = {id(stack): padded_rank(parts, program.rank_multiple) for stack, _, parts in found}
     for members in _that_share([stack for stack, _, _ in found]):
         largest = max(ranks[id(stack)] for stack in members)
@@ -130,19 +130,19 @@ def _that_share(stacks: Sequence[Stack]) -> list[list[Stack]]:
     return list(groups.values())
 
 
-def _layer(module: Any, config: Any, shared: SharedBuffers) -> Layer:
+def _layer(module: Any, config: Any, number: int, shared: SharedBuffers) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     head_size = attention.head_dim
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return Layer(
         input_norm=_norm(module.input_layernorm),
-        qkv=_stack(attention, QKV, shared),
+        qkv=_stack(attention, QKV, number, shared),
         query_norm=_norm(query_norm) if query_norm is not None else None,
         key_norm=_norm(key_norm) if key_norm is not None else None,
-        o=_stack(attention, OUT, shared),
+        o=_stack(attention, OUT, number, shared),
         mlp_norm=_norm(module.post_attention_layernorm),
-        gate_up=_stack(mlp, GATE_UP, shared),
-        down=_stack(mlp, DOWN, shared),
+        gate_up=_stack(mlp, GATE_UP, number, shared),
+        down=_stack(mlp, DOWN, number, shared),
         heads=config.num_attention_heads,
         groups=config.num_key_value_heads,
         head_size=head_size,
@@ -185,10 +185,10 @@ class SharedBuffers:
         return self.fp8_values[key]
 
 
-def _stack(parent: Any, names: Sequence[str], shared: SharedBuffers) -> Stack:
-    """One stack of linears. 16-bit weights are copied into its buffer, and the linears become views of it; with
-    products in 8-bit floats the linears keep them."""
-    parts = _parts(parent, names)
+def _stack(parent: Any, names: Sequence[str], number: int, shared: SharedBuffers) -> Stack:
+    """One stack of linears of the layer of this number. 16-bit weights are copied into its buffer, and the linears
+    become views of it; with products in 8-bit floats the linears keep them."""
+    parts = _parts(parent, names, number)
     linears = [part.linear for part in parts]
     size_in, size_out = linears[0].in_features, parts[-1].rows.stop
     rank = padded_rank(parts, shared.rank_multiple)
@@ -227,16 +227,18 @@ def _find_traces(stacks: Sequence[Stack]) -> None:
         stack.leaves_traces = len(layouts[stack.home.data_ptr()]) > 1
 
 
-def _parts(parent: Any, names: Sequence[str]) -> list[Part]:
+def _parts(parent: Any, names: Sequence[str], number: int) -> list[Part]:
     parts, first_row, first_rank = [], 0, 0
     for name in names:
         module = getattr(parent, name)
         linear = getattr(module, "base_layer", module)
-        part = Part(slice(first_row, first_row + linear.out_features), linear)
+        of_model = number * len(LINEARS) + LINEARS.index(name)
+        part = Part(slice(first_row, first_row + linear.out_features), linear, of_model)
         first_row = part.rows.stop
         if linear is not module:
             part.a, part.b = module.lora_A["default"].weight, module.lora_B["default"].weight
             part.scale = float(module.scaling["default"])
+            part.dropout = float(getattr(module.lora_dropout["default"], "p", 0.0))
             part.ranks = slice(first_rank, first_rank + part.a.shape[0])
             first_rank = part.ranks.stop
         parts.append(part)

@@ -77,7 +77,7 @@ class StackSizes:
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
-    """`head_norms`: queries and keys have a norm for each head."""
+    """`head_norms`: queries and keys have a norm for each head. `drops`: adapters have dropout before them."""
 
     qkv: StackSizes
     o: StackSizes
@@ -86,6 +86,7 @@ class LayerSizes:
     heads: int
     groups: int
     head_norms: bool
+    drops: bool
 
     @property
     def stacks(self) -> tuple[StackSizes, ...]:
@@ -169,6 +170,12 @@ def working_bytes(layer: LayerSizes, keep: Keep, element: int, fp8: bool) -> int
     # The gradient of attention's result and of queries, keys and values, and cuDNN's float32 sums of three of them; the
     # gate's and up's product is gone.
     in_attention = dmiddle + queries + layer.qkv.size_out + 6 * queries - _gate_up(layer)
+    if layer.drops:
+        # Beside an input or its gradient lies a second one, of what a mask has left of it or is to be left.
+        in_mlp += mlp if layer.down.rank else 0
+        at_qkv = dmiddle + layer.qkv.size_out + layer.qkv.rank + 2 * width - _gate_up(layer)
+        in_norm = max(in_norm, dy + 2 * width + (width if layer.gate_up.rank else 0))
+        in_attention = max(in_attention, at_qkv + (width if layer.qkv.rank else 0))
     found = missing + (max(in_mlp, in_norm, in_attention) + width) * element
     if fp8:  # the largest product's factor in 8 bits, beside what is there then
         factor = layer.gate_up.size_out + FP8_PLACES * layer.gate_up.rank

@@ -45,8 +45,8 @@ class StreamedPath:
     _untold: bool = False  # a step's times have not been asked for yet
 
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
-        parts = self._parts(examples)
-        loss = by_layer.add_gradients(self.program, self.streaming, self.shelf, parts, 1.0 / targets, self.attention)
+        program, parts, key = self.program, self._parts(examples), self.program.key_of_step()
+        loss = by_layer.add_gradients(program, self.streaming, self.shelf, parts, 1.0 / targets, self.attention, key)
         self._untold = True
         return loss / targets
 

@@ -63,8 +63,6 @@ def why_not_adapter(lora: LoraRecipe, biases: bool) -> str | None:
     the model has some that `lora.bias` may train."""
     if lora.use_dora:
         return "a variant of LoRA"
-    if lora.dropout:
-        return "dropout"
     if lora.options.get("lora_bias"):
         return "a bias of the adapter"
     if (biases and lora.bias != "none") or lora.modules_to_save or lora.options.get("trainable_token_indices"):

@@ -16,6 +16,7 @@ import torch
 from thriftune.engine.takes import FAMILIES
 from thriftune.kernels.copies import Copies, Copy
 from thriftune.kernels.cross_entropy import cross_entropy_
+from thriftune.kernels.dropout import Draw, add_dropped, drop
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 from thriftune.kernels.fp8 import E4M3, Side, Sides, quantise_rows, unpack_to_columns, unpack_to_rows
 from thriftune.kernels.launch import has_triton
@@ -39,20 +40,20 @@ class Warming:
 
 
 def start_warming(
-    config: Mapping[str, Any], device: torch.device, four_bit: bool, fp8: bool, rank_multiple: int
+    config: Mapping[str, Any], device: torch.device, four_bit: bool, fp8: bool, dropout: float, rank_multiple: int
 ) -> Warming:
-    """Start it for a model's config.json, where the engine may take the model and runs on Triton there."""
+    """Start it for a model's config.json and an adapter's dropout, where the engine may take the model and runs on
+    Triton there."""
     if device.type != "cuda" or not has_triton() or config.get("model_type") not in FAMILIES:
         return Warming(None)
-    thread = threading.Thread(
-        target=_run_each_kernel, args=(dict(config), device, four_bit, fp8, rank_multiple), name="warming", daemon=True
-    )
+    asked = (dict(config), device, four_bit, fp8, dropout, rank_multiple)
+    thread = threading.Thread(target=_run_each_kernel, args=asked, name="warming", daemon=True)
     thread.start()
     return Warming(thread)
 
 
 def _run_each_kernel(
-    config: dict[str, Any], device: torch.device, four_bit: bool, fp8: bool, rank_multiple: int
+    config: dict[str, Any], device: torch.device, four_bit: bool, fp8: bool, dropout: float, rank_multiple: int
 ) -> None:
     width, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
@@ -82,6 +83,11 @@ def _run_each_kernel(
         logits = torch.zeros(ROWS, config["vocab_size"], dtype=torch.bfloat16, device=device)
         cross_entropy_(logits, torch.zeros(ROWS, dtype=torch.int64, device=device), 1.0)
         Copies([Copy(torch.zeros(ROWS, width, device=device), rows(width), 1.0)])()
+        if dropout:
+            tokens = torch.arange(ROWS, device=device)
+            for columns in {width, inner, heads * size}:
+                drop(rows(columns), Draw((0, 0), tokens, tokens), 0, dropout, rows(columns).contiguous())
+                add_dropped(rows(columns).contiguous(), Draw((0, 0), tokens, tokens), 0, dropout, rows(columns))
         if four_bit and not fp8:
             unpack_four_bit(_packed(width, device), rows(width))
         if fp8:

@@ -10,6 +10,9 @@ and with a row x written as [x | x A^T] the product [x | x A^T] [W | sB]^T is th
 Exact up to the rounding of x A^T and dy sB, which plain LoRA in 16 bits rounds too. The rank is padded with zeros to a
 multiple: rows then start at addresses that matrix products like.
 
+With dropout each adapter has a mask of its own on x, so x A^T becomes the (mask_i x) A_i^T side by side, and the
+gradient of x is dy W plus mask_i (dy sB_i) A_i for each: products and passes of their own.
+
 With products in 8-bit floats (fp8.py) W is held in two layouts of its own and the buffer does not exist.
 
 Shape legend: T tokens, I in, O out, R padded rank, Y = O + R, X = I + R.
@@ -27,6 +30,7 @@ from thriftune.engine.fp8 import Fp8, Fp8Values
 from thriftune.engine.part import Part
 from thriftune.engine.sizes import StackSizes, gradient_rows, padded
 from thriftune.kernels.copies import Copies, Copy
+from thriftune.kernels.dropout import Draw, add_dropped, drop
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 from thriftune.kernels.fp8 import Sides
 
@@ -66,6 +70,11 @@ class Stack:
     @property
     def sizes(self) -> StackSizes:
         return StackSizes(self.size_in, self.size_out, self.rank)
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout comes before an adapter."""
+        return any(part.dropout > 0 for part in self.parts)
 
     @property
     def weight_OX(self) -> Tensor:  # noqa: N802
@@ -186,14 +195,27 @@ class Stack:
         whole_TY = torch.empty(tokens, self.size_out + self.rank, dtype=like.dtype, device=like.device)
         return Outgoing(whole_TY[:, : self.size_out], whole_TY[:, self.size_out :], whole_TY)
 
+    def side(self, x_TI: Tensor, draw: Draw | None) -> Tensor | None:
+        """x A^T, of what the masks leave of x where there is a `draw`; None without adapters."""
+        if not self.rank:
+            return None
+        if draw is None:
+            return x_TI @ self.a_RI.T
+        side_TR = x_TI.new_zeros(x_TI.shape[0], self.rank)
+        dropped_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
+        for part in self.parts:
+            if part.a is not None:
+                drop(x_TI, draw, part.number, part.dropout, dropped_TI)
+                side_TR[:, part.ranks] = dropped_TI @ self.a_RI[part.ranks].T
+        return side_TR
+
     def forward(
-        self, x_TX: Tensor, residual_TO: Tensor | None, out_TO: Tensor | None = None
+        self, x_TX: Tensor, residual_TO: Tensor | None, draw: Draw | None, out_TO: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x_TX has the input in its first columns; the others are overwritten. Returns the output (plus the residual),
-        in `out_TO` where that is given, and x A^T, which the backward pass needs."""
-        side_TR = None
-        if self.rank:
-            side_TR = x_TX[:, : self.size_in] @ self.a_RI.T
+        in `out_TO` where that is given, and `side`, which the backward pass needs. `draw` is that of the batch's masks,
+        None without dropout."""
+        side_TR = self.side(x_TX[:, : self.size_in], draw)
         if self.fp8 is not None:
             found_TO = self.fp8.forward.product(x_TX[:, : self.size_in], side_TR, out_TO)
             for beside in (residual_TO, self.bias_O):
@@ -210,29 +232,48 @@ class Stack:
             found_TO = torch.mm(x_TX, self.weight_OX.T, out=out_TO)
         return (found_TO if self.bias_O is None else found_TO.add_(self.bias_O)), side_TR
 
-    def backward(self, dy: Outgoing, wants_dx: bool) -> Tensor | None:
+    def backward(self, dy: Outgoing, wants_dx: bool, draw: Draw | None) -> Tensor | None:
         """Fill the side of `dy`, and return the gradient of the input, where it is wanted."""
         if self.rank:
             torch.mm(dy.gradient_TO, self.b_OR, out=dy.side_TR)
         if not wants_dx:
             return None
+        if self.rank and draw is not None:
+            return self._backward_through_masks(dy, draw)
         if self.fp8 is not None:
             return self.fp8.backward.product(dy.gradient_TO, dy.side_TR if self.rank else None, None)
         assert dy.whole_TY is not None and self.buffer_YX is not None
         return dy.whole_TY @ self.buffer_YX[:, : self.size_in]
 
-    def add_gradients(self, dy: Outgoing, x_TI: Tensor | None, side_TR: Tensor | None) -> None:
+    def _backward_through_masks(self, dy: Outgoing, draw: Draw) -> Tensor:
+        if self.fp8 is not None:
+            dx_TI = self.fp8.backward.product(dy.gradient_TO, torch.zeros_like(dy.side_TR), None)
+        else:
+            dx_TI = dy.gradient_TO @ self.weight_OX[:, : self.size_in]
+        for part in self.parts:
+            if part.a is not None:
+                add_dropped(dy.side_TR[:, part.ranks] @ self.a_RI[part.ranks], draw, part.number, part.dropout, dx_TI)
+        return dx_TI
+
+    def add_gradients(self, dy: Outgoing, x_TI: Tensor | None, side_TR: Tensor | None, draw: Draw | None) -> None:
         """Add to the adapters' gradients; `dy` as `backward` left it, x_TI the input, side_TR as `forward` gave it."""
         if not self.rank:
             return
         assert x_TI is not None and side_TR is not None
-        rows = gradient_rows(max(part.ranks.stop for part in self.parts))
-        da_RI = product_in_full(dy.side_TR[:, :rows].T, x_TI)
+        if draw is None:
+            rows = gradient_rows(max(part.ranks.stop for part in self.parts))
+            da_RI = product_in_full(dy.side_TR[:, :rows].T, x_TI)
+        else:
+            dropped_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
         for part in self.parts:
             if part.a is None or part.b is None:
                 continue
+            if draw is None:
+                add_gradient(part.a, da_RI[part.ranks])
+            else:
+                drop(x_TI, draw, part.number, part.dropout, dropped_TI)
+                add_gradient(part.a, product_in_full(dy.side_TR[:, part.ranks].T, dropped_TI))
             db_OR = product_in_full(dy.gradient_TO[:, part.rows].T, side_TR[:, part.ranks])
-            add_gradient(part.a, da_RI[part.ranks])
             add_gradient(part.b, db_OR.mul_(part.scale))
 
 

@@ -108,7 +108,9 @@ def engine_case(shape: ModelShape, adapter: Adapter, setup: Setup, gpu: Gpu | No
     """Only where the engine takes the model. 16-bit weights lie in the stacks' buffers, whose further rows and columns
     hold the adapters' working copies; 4-bit ones are packed, and the layers share buffers."""
     multiple = rank_multiple("cpu" if gpu is None else "cuda", setup.fp8)
-    layers = [(_layer(layer, shape.hidden_size, adapter, multiple), len(indices)) for layer, indices in shape.layers]
+    layers = [
+        (_layer(layer, shape.hidden_size, adapter, setup, multiple), len(indices)) for layer, indices in shape.layers
+    ]
     sizes = ProgramSizes(layers, shape.hidden_size, shape.vocab_size, setup.value_bytes, setup.fp8)
     masters, weights = float(adapter.trained * WIDE), weight_bytes(shape, setup)
     if setup.fp8:
@@ -138,10 +140,11 @@ def _resident_in_fp8(sizes: ProgramSizes, setup: Setup, masters: float, weights:
     return Resident(weights + sum(count * stack.fp8_bytes for stack, count in stacks), masters + copies, 0.0)
 
 
-def _layer(layer: Layer, hidden: int, adapter: Adapter, multiple: int) -> LayerSizes:
+def _layer(layer: Layer, hidden: int, adapter: Adapter, setup: Setup, multiple: int) -> LayerSizes:
     qkv, o, gate_up, down = (_stack(layer, names, adapter, multiple) for names in (QKV, OUT, GATE_UP, DOWN))
     attention = layer.attention
-    return LayerSizes(qkv, o, gate_up, down, attention.heads, attention.kv_heads, layer.norms > 2 * hidden)
+    drops = setup.dropout > 0 and any(adapter.has(linear) for linear in layer.linears)
+    return LayerSizes(qkv, o, gate_up, down, attention.heads, attention.kv_heads, layer.norms > 2 * hidden, drops)
 
 
 def _stack(layer: Layer, names: tuple[str, ...], adapter: Adapter, multiple: int) -> StackSizes:

@@ -65,12 +65,13 @@ def _one_layer(layer: LayerSizes, keep: Keep, sizes: ProgramSizes) -> int:
 
 
 def gradient_bytes(case: EngineCase) -> float:
-    """The gradients of a stack's A factors are parts of one product."""
+    """The gradients of a stack's A factors are parts of one product; with dropout each is one."""
     found = 0
     for (layer, indices), (stacks, _) in zip(case.shape.layers, case.sizes.layers, strict=True):
         for names, stack in zip((QKV, OUT, GATE_UP, DOWN), stacks.stacks, strict=True):
             ranks = [(case.adapter.rank_of(linear), linear) for linear in layer.linears if linear.name in names]
             of_b = sum(rank * linear.out_features for rank, linear in ranks)
-            of_a = gradient_rows(sum(rank for rank, _ in ranks)) * stack.size_in
+            rows = sum(rank for rank, _ in ranks)
+            of_a = (rows if stacks.drops else gradient_rows(rows)) * stack.size_in
             found += len(indices) * (of_a + of_b)
     return float(WIDE * found)

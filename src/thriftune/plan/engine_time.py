@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 
 from thriftune.catalog.rows import Gpu
 from thriftune.engine.sizes import Choice, Keep, LayerSizes
+from thriftune.engine.takes import GATE_UP, OUT, QKV
 from thriftune.plan.engine import EngineCase
 from thriftune.plan.time import NF4_READ, OPTIMIZER_TRAFFIC, OVERLAP, gradient_exchange_s, matrix_rate
 from thriftune.plan.values import LimitedBy, Time, Work
 
 LOGITS_PASSES = 3  # written by a product, turned into their gradient in place, read by the next product
+# With dropout, times that an adapted linear's input or its gradient passes through memory: forward the mask's read and
+# write and the product's read; backward the same, and the gradient's part written, read and added to the rest.
+DROPPING_FORWARD, DROPPING_BACKWARD = 3, 7
 PARTS_OF_A_LAYER = 7  # linears, each with a tensor of A and one of B
 
 
@@ -120,6 +124,8 @@ def engine_amounts(case: EngineCase, choice: Choice, work: Work) -> EngineAmount
     traffic = sum(count * _traffic(layer, choice.keep) for layer, count in sizes.layers)
     if sizes.fp8:
         traffic += sum(count * _quantising(layer, choice.keep) for layer, count in sizes.layers)
+    if case.setup.dropout:
+        traffic += _dropping(case, choice.keep)
     attention = 0.0
     for layer, indices in shape.layers:
         heads = layer.attention.heads * layer.attention.head_dim
@@ -156,6 +162,18 @@ def _products(layer: LayerSizes, keep: Keep) -> float:
     again = {Keep.ALL: (), Keep.NO_MLP: ("gate_up",), Keep.RESIDUALS: ("qkv", "gate_up"),
              Keep.INPUT: ("qkv", "o", "gate_up")}[keep]  # fmt: skip
     return float(passes + 2 * weights(again))
+
+
+def _dropping(case: EngineCase, keep: Keep) -> float:
+    """Elements a token, of all layers, beside what `_traffic` counts of the adapters. By counting: no record yet."""
+    again = {Keep.ALL: (), Keep.NO_MLP: GATE_UP, Keep.RESIDUALS: (*QKV, *OUT, *GATE_UP),
+             Keep.INPUT: (*QKV, *OUT, *GATE_UP)}[keep]  # fmt: skip
+    found = 0
+    for layer, indices in case.shape.layers:
+        for linear in layer.linears:
+            passes = DROPPING_FORWARD * (2 if linear.name in again else 1) + DROPPING_BACKWARD
+            found += passes * linear.in_features * len(indices) * case.adapter.has(linear)
+    return float(found)
 
 
 def _quantising(layer: LayerSizes, keep: Keep) -> float:
