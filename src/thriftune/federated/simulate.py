@@ -56,6 +56,8 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     if coordinator.is_done and (output / "record.json").exists():
         say(f"all {coordinator.round} rounds are done already")
         return read_record(output / "record.json", FederatedRecord)
+    if coordinator.round:
+        say(f"going on after round {coordinator.round}; the sites' optimizers start anew")
     base = open_base(prepared, output, say)
     if base.places.fingerprint() != coordinator.state.places:
         raise AssertionError("the adapter over the weights is not the one over the shapes")
