@@ -23,6 +23,7 @@ from adalora import AdaLora, AdaLoraPath, allocating, directions_left
 from torch.nn import functional
 
 from thriftune.data import Example, micro_batches
+from thriftune.errors import NonFiniteLossError
 from thriftune.evaluate import evaluate
 from thriftune.machine import quiet_libraries
 from thriftune.methods import trainable_parameters
@@ -182,6 +183,28 @@ def train_arm(spec: Spec, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def records_of(spec: Spec, settings: dict[str, Any], prepared: Prepared, output: Path) -> list[dict[str, Any]]:
+    """The cell's record; of a finished `lora` that of the same adapter shrunk as well."""
+    if spec.arm == "adalora":
+        model, tokenizer, told = train_adalora(spec, settings, prepared)
+        rows = score(spec, settings, prepared, model, tokenizer) if spec.phase == "final" else []
+        return [{**vars(spec), **told, "rows": rows}]
+    told = train_arm(spec, prepared)
+    if spec.phase == "search":
+        return [{**vars(spec), **told, "rows": []}]
+    targets, shrunk, records = {spec.arm: output}, {}, []
+    if spec.arm == "lora":
+        targets["shrunk"] = output / "smaller"
+        shrunk = shrink(str(output), targets["shrunk"], settings["keep"], settings["round_to"])
+    for arm, target in targets.items():
+        opened = open_target(find_target(str(target)), prepared.device)
+        more = {"arm": arm, "rows": score(spec, settings, prepared, opened.model, opened.tokenizer)}
+        if arm == "shrunk":
+            more |= {"parameters": shrunk["parameters_after"], "kept_energy": shrunk["kept_energy"], "cuts": []}
+        records.append({**vars(spec), **told, **more})
+    return records
+
+
 def main() -> None:
     quiet_libraries()
     started = time.perf_counter()
@@ -190,27 +213,12 @@ def main() -> None:
     output = Path(settings["output"]) / spec.name
     shutil.rmtree(output, ignore_errors=True)  # of a process that was stopped
     prepared = prepare_run(recipe_of(spec, settings, output))
-    records: list[dict[str, Any]] = []
-    if spec.arm == "adalora":
-        model, tokenizer, told = train_adalora(spec, settings, prepared)
-        rows = score(spec, settings, prepared, model, tokenizer) if spec.phase == "final" else []
-        records.append({**vars(spec), **told, "rows": rows})
-    else:
-        told = train_arm(spec, prepared)
-        targets = {spec.arm: output}
-        if spec.arm == "lora" and spec.phase == "final":
-            smaller = output / "smaller"
-            shrunk = shrink(str(output), smaller, settings["keep"], settings["round_to"])
-            targets["shrunk"] = smaller
-        for arm, target in targets.items() if spec.phase == "final" else []:
-            opened = open_target(find_target(str(target)), prepared.device)
-            rows = score(spec, settings, prepared, opened.model, opened.tokenizer)
-            more = {"arm": arm, "rows": rows}
-            if arm == "shrunk":
-                more |= {"parameters": shrunk["parameters_after"], "kept_energy": shrunk["kept_energy"], "cuts": []}
-            records.append({**vars(spec), **told, **more})
-        if spec.phase == "search":
-            records.append({**vars(spec), **told, "rows": []})
+    try:
+        records = records_of(spec, settings, prepared, output)
+    except NonFiniteLossError as error:
+        if spec.phase == "final":
+            raise
+        records = [{**vars(spec), "eval_loss": None, "broke_off": error.given, "rows": []}]  # too high a rate
     for record in records:
         record["wall_s"] = time.perf_counter() - started
         name = Spec(**{key: record[key] for key in vars(spec)}).name

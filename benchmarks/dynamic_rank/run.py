@@ -6,8 +6,10 @@
 Arms: LoRA of the whole rank (64) and of half, method dynamic from 64 to half of the parameters, the same with random
 directions kept, PEFT's AdaLoRA from 64 to 32, and the whole LoRA shrunk to half when it is finished. Tasks: IMDb
 (accuracy, higher is better) and GSM8K (loss on the answers, lower is better; cell.py says why). Every arm has its own
-learning rate, the best of four by the loss on 400 training rows that were held out, with a seed that no final run has;
-`shrunk` is made of the finished `lora`. Then three seeds are trained on more rows and scored on the test rows.
+learning rate, the best by the loss on 400 training rows that were held out, with a seed that no final run has: of four,
+and of up to two more where the best is at an edge of those tried (rates.py). `shrunk` is made of the finished `lora`.
+Then three seeds are trained on more rows and scored on the test rows. A final record whose rate turns out not to be the
+best stays where it is and is not used.
 
 Every cell is a process of its own, several to a GPU, so times are not to be compared. What is done is not done again:
 the same command goes on. After --minutes no process is left running and the table of what there is, is printed.
@@ -30,6 +32,8 @@ from typing import Any
 from thriftune.report.statistics import over_rows_and_seeds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rates import Search, search_of
+
 from seats import seat
 
 TRAINED = ("lora", "lora-half", "dynamic", "adalora", "random")
@@ -94,30 +98,27 @@ def read_records(results: Path) -> dict[Key, dict[str, Any]]:
     return found
 
 
-def best_rate(records: dict[Key, dict[str, Any]], task: str, arm: str, rates: Sequence[float]) -> float | None:
-    """None until every rate was tried."""
-    losses = {rate: records.get((task, arm, rate, SEARCH_SEED, "search")) for rate in rates}
-    if any(record is None for record in losses.values()):
-        return None
-    return min(losses, key=lambda rate: (losses[rate] or {})["eval_loss"])
+def search(records: dict[Key, dict[str, Any]], task: str, arm: str, arguments: argparse.Namespace) -> Search:
+    """`shrunk` is made of the finished lora, at its rate."""
+    searched = "lora" if arm == "shrunk" else arm
+    losses = {
+        rate: record["eval_loss"]
+        for (of_task, of_arm, rate, _, phase), record in records.items()
+        if (of_task, of_arm, phase) == (task, searched, "search")
+    }
+    return search_of(losses, arguments.rates or rates_of(searched))
 
 
 def wanted(records: dict[Key, dict[str, Any]], arguments: argparse.Namespace) -> Iterator[Key]:
     """Every cell that can run now and is not done: final ones first, whose arm has its rate."""
-    chosen = {
-        (task, arm): best_rate(records, task, arm, arguments.rates or rates_of(arm))
-        for task in arguments.tasks
-        for arm in TRAINED
-    }
+    searches = {(task, arm): search(records, task, arm, arguments) for task in arguments.tasks for arm in TRAINED}
     for seed in arguments.seeds:
-        for (task, arm), rate in chosen.items():
-            if rate is not None and (task, arm, rate, seed, "final") not in records:
-                yield (task, arm, rate, seed, "final")
-    for task in arguments.tasks:
-        for arm in TRAINED:
-            for rate in arguments.rates or rates_of(arm):
-                if (task, arm, rate, SEARCH_SEED, "search") not in records:
-                    yield (task, arm, rate, SEARCH_SEED, "search")
+        for (task, arm), found in searches.items():
+            if not found.missing and found.best is not None and (task, arm, found.best, seed, "final") not in records:
+                yield (task, arm, found.best, seed, "final")
+    for (task, arm), found in searches.items():
+        for rate in found.missing:
+            yield (task, arm, rate, SEARCH_SEED, "search")
 
 
 def run_all(pool: Pool, arguments: argparse.Namespace) -> None:
@@ -151,6 +152,7 @@ def print_table(arguments: argparse.Namespace, failed: Sequence[Key]) -> None:
             summary.append(row)
             print(line_of(row))
     (arguments.results / "table.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print("rate!: the best of those tried, at their edge; rate?: its search has not ended")
     for key in failed:
         print("failed:", *key, f"(see {arguments.output}/logs)")
 
@@ -158,32 +160,37 @@ def print_table(arguments: argparse.Namespace, failed: Sequence[Key]) -> None:
 def table_row(
     records: dict[Key, dict[str, Any]], task: str, arm: str, arguments: argparse.Namespace
 ) -> dict[str, Any] | None:
-    of_arm = finals(records, task, arm)
+    of_arm = finals(records, task, arm, arguments)
     if not of_arm:
         return None
     first = next(iter(of_arm.values()))
-    rates = arguments.rates or rates_of(arm)
-    rate = first["rate"]
+    others = {other: finals(records, task, other, arguments) for other in ("lora", "lora-half") if other != arm}
+    found = search(records, task, arm, arguments)
     return {
         "task": task,
         "arm": arm,
-        "rate": rate,
-        "rate_at_edge": arm != "shrunk" and rate in (rates[0], rates[-1]),
+        "rate": first["rate"],
+        "rate_at_edge": found.at_edge,
+        "search_ended": not found.missing,
         "seeds": sorted(of_arm),
         "parameters": round(sum(record["parameters"] for record in of_arm.values()) / len(of_arm)),
         "cut_s": sum(cut["cut_s"] for cut in first.get("cuts", [])),
         **{f"score_{key}": value for key, value in estimate(of_arm, None, task).items()},
         **{
             f"minus_{other}_{key}": value
-            for other in ("lora", "lora-half")
-            if other != arm and set(finals(records, task, other)) & set(of_arm)
-            for key, value in estimate(of_arm, finals(records, task, other), task).items()
+            for other, of_other in others.items()
+            if set(of_other) & set(of_arm)
+            for key, value in estimate(of_arm, of_other, task).items()
         },
     }
 
 
-def finals(records: dict[Key, dict[str, Any]], task: str, arm: str) -> dict[int, dict[str, Any]]:
-    return {key[3]: record for key, record in records.items() if key[:2] == (task, arm) and key[4] == "final"}
+def finals(
+    records: dict[Key, dict[str, Any]], task: str, arm: str, arguments: argparse.Namespace
+) -> dict[int, dict[str, Any]]:
+    """Seed -> the final record at the best rate so far."""
+    best = search(records, task, arm, arguments).best
+    return {key[3]: record for key, record in records.items() if (*key[:3], key[4]) == (task, arm, best, "final")}
 
 
 def estimate(one: dict[int, Any], other: dict[int, Any] | None, task: str) -> dict[str, float]:
@@ -207,7 +214,7 @@ def line_of(row: dict[str, Any]) -> str:
         interval = f"{row[f'{prefix}_low']:+.4f} {row[f'{prefix}_high']:+.4f}"
         return f"{row[f'{prefix}_mean']:{width}.4f} {interval:>19}"
 
-    edge = "!" if row["rate_at_edge"] else ""
+    edge = "" if row["search_ended"] and not row["rate_at_edge"] else "!" if row["search_ended"] else "?"
     return (
         f"{row['arm']:10} {row['rate']:>7g}{edge:1} {len(row['seeds']):>5} {row['parameters']:>11,} {told('score', 9)} "
         f"{told('minus_lora', 9)} {told('minus_lora-half', 11)}"

@@ -47,7 +47,7 @@ def flowers_in(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(180)
 def test_two_sites_and_two_rounds_over_tls(tmp_path: Path) -> None:
     make_keys(tmp_path / "certs", ["a", "b"], ["localhost", "127.0.0.1"])
     server = f"127.0.0.1:{free_port()}"
@@ -65,7 +65,7 @@ def test_two_sites_and_two_rounds_over_tls(tmp_path: Path) -> None:
         for name in ("a", "b")
     ]  # fmt: skip
     try:
-        codes = [process.wait(240) for process in (serving, *sites)]
+        codes = [process.wait(150) for process in (serving, *sites)]
     finally:
         for process in (serving, *sites):
             process.terminate()
@@ -81,4 +81,9 @@ def test_two_sites_and_two_rounds_over_tls(tmp_path: Path) -> None:
         assert len((tmp_path / name / "sent.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     messages = sum(site.bytes_up for entry in record.rounds for site in entry.sites)
     assert messages == record.bytes_up <= record.meter["bytes_up"] < messages + 4 * 2000
+    for entry in record.rounds:
+        for way in ("bytes_up", "bytes_down"):
+            counted, own = entry.meter[way], sum(getattr(site, way) for site in entry.sites)
+            assert own <= counted < own + 2 * 2000, (entry.round, way)
+    assert said["a"].count("path: ") == said["b"].count("path: ") == 1, "the model is loaded once for all rounds"
     assert not flowers_in(tmp_path), "no process outlives its verb"

@@ -362,6 +362,8 @@ def test_readers_that_know_one_rank_and_one_alpha_get_every_modules_scale(traine
         ({"lora": {"options": {"rank_pattern": {"q_proj": 2}}}}, "lora.options.rank_pattern is not supported"),
         ({"lora": {"options": {"alpha_pattern": {"q_proj": 2}}}}, "lora.options.alpha_pattern is not supported"),
         ({"precision": "fp8"}, "precision fp8 is not built in for a rank that changes"),
+        ({"quant": {"bnb_4bit_quant_type": "fp4"}}, "quant.* is of bases in 4 bits"),
+        ({"offload": {"resident_layers": 1}}, "offload streams 4-bit layers and method is dynamic"),
         ({"dynamic": {"first_cut": 0.6}}, "first_cut 0.6 comes after dynamic.last_cut 0.5"),
         ({"dynamic": {"min_rank": 6}}, "min_rank 6 in every module is more than"),
         ({"train": {"load_best_model_at_end": True}}, "could go back to before a cut"),

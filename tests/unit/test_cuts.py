@@ -43,6 +43,25 @@ def test_fewer_are_the_nearest_product_of_that_rank(shape):
     torch.testing.assert_close(values, found.values_R, rtol=0, atol=1e-6 * float(values[0]))
 
 
+@pytest.mark.parametrize("shape", [(40, 24, 8), (24, 40, 8)])
+def test_of_factors_that_lack_rank(shape):
+    """Columns of B and rows of A that repeat others or are zero: the same values, and what stays is still the
+    nearest."""
+    b, a = factors(*shape)
+    b[:, 5:] = 2 * b[:, :3]
+    a[6:] = 0
+    dense = b.double() @ a.double()
+    left, values, right = torch.linalg.svd(dense, full_matrices=False)
+    found = turned(b, a).values_K
+    assert int((values > 1e-10).sum()) == 5
+    torch.testing.assert_close(found, values[:8], rtol=0, atol=1e-6 * float(values[0]))
+    for kept in (3, 5, 8):
+        new_b, new_a, _, _ = cut(b, a, kept)
+        nearest = (left[:, :kept] * values[:kept]) @ right[:kept]
+        torch.testing.assert_close(new_b @ new_a, nearest, rtol=0, atol=1e-8 * float(values[0]))
+        assert bool(torch.isfinite(new_b).all() and torch.isfinite(new_a).all())
+
+
 def test_the_turned_a_is_as_large_as_a_was_and_its_rows_are_orthogonal():
     b, a = factors(40, 24, 6)
     _, new_a, _, _ = cut(b, a, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,10 @@ def test_a_simulation_prints_its_rounds_and_leaves_a_folder_that_opens_like_a_ru
     done = simulate("--clients", 3, "--ranks", "2,4", "--json").ok()
     assert done.json["transport"] == "simulated" and list(done.json["sites"].values()) == [2, 4, 2]
     assert done.json["recipe"]["federated"]["rounds"] == 2
-    assert "site-1: 14 rows, rank 2" in done.err and "round 2/2: 3 of 3 sites" in done.err
+    assert "site-1: 14 rows, rank 2" in done.err
+    up, down = (sum(site[key] for site in done.json["rounds"][1]["sites"]) for key in ("bytes_up", "bytes_down"))
+    told = r"^round 2/2: 3 of 3 sites, loss [\d.]+ to [\d.]+, "
+    assert re.search(rf"{told}{up:,} bytes up, {down:,} down", done.err, re.MULTILINE)
     assert read_record(Path("fed/record.json"), FederatedRecord).bytes_up == done.json["bytes_up"] > 0
     evaluate = ["eval", "fed", "--task", "exact:completion", "--data", "rows.jsonl", "--limit", 2, "max_new_tokens=4"]
     runner(monkeypatch, capsys)(*evaluate).ok()
@@ -47,8 +51,8 @@ def test_a_simulation_prints_its_rounds_and_leaves_a_folder_that_opens_like_a_ru
 def test_given_again_a_finished_simulation_has_nothing_to_do(simulate):
     first = simulate("--clients", 2, "--json").ok().json
     again = simulate("--clients", 2, "--json").ok()
-    assert "round 1/2" not in again.err
-    assert again.json["federation"] == first["federation"] and again.json["rounds"] == first["rounds"]
+    assert "round 1/2" not in again.err and "all 2 rounds are done already" in again.err
+    assert again.json == first, "with the time it took then"
     simulate("--clients", 3).refused("fed holds rounds of another recipe or other sites")
 
 

@@ -134,3 +134,24 @@ def test_two_signals_end_the_command_at_once_with_code_130(model, rows, tmp_path
     told = capsys.readouterr().err
     assert "Traceback" not in told and "step 1/" in told and "step 2/" not in told
     assert find_checkpoint(tmp_path / "run", "auto", print) is None
+
+
+def test_a_simulated_federation_keeps_its_rounds_and_goes_on(model, rows, tmp_path):
+    words = ["simulate", str(model), "--data", str(rows), "--method", "lora", "--clients", "2", "--rounds", "40"]
+    options = ["local_steps=1", "per_device_train_batch_size=1", "gradient_accumulation_steps=2", "--output", "fed"]
+    command = [sys.executable, "-m", "thriftune", "federate", *words, *options]
+    said = tmp_path / "said"
+    with said.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path)
+    deadline = time.monotonic() + WAIT_S
+    while "round 2/40" not in said.read_text(encoding="utf-8"):
+        assert process.poll() is None and time.monotonic() < deadline, said.read_text(encoding="utf-8")
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+    assert "stopped: SIGTERM; rounds that are done are kept" in said.read_text(encoding="utf-8")
+    done = len(list((tmp_path / "fed" / "rounds").iterdir())) - 1
+    assert 2 <= done < 40 and not (tmp_path / "fed" / "record.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=WAIT_S, check=True)
+    assert f"going on after round {done}; the sites' optimizers start anew" in again.stderr
+    assert "round 40/40: 2 of 2 sites" in again.stderr and f"round {done}/40" not in again.stderr

@@ -51,7 +51,8 @@ def simulate(
     from thriftune.federated.simulate import simulate as run_simulation
 
     asked = Simulation(recipe, clients, split, _ranks(ranks), force, shlex.join(["thriftune", *sys.argv[1:]]))
-    record = run_simulation(asked, partial(print, file=sys.stderr, flush=True))
+    with _terminated_cleanly():
+        record = run_simulation(asked, partial(print, file=sys.stderr, flush=True))
     _print_record(record, as_json)
 
 
@@ -125,7 +126,7 @@ def join(
 
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C, so that Flower's processes are stopped."""
+    """SIGTERM ends like Ctrl-C: Flower's processes are stopped, and it is told how to go on."""
 
     def stop(number: int, _frame: Any) -> None:
         raise StoppedBySignal(

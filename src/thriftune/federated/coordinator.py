@@ -143,9 +143,10 @@ class Coordinator:
         """Note that what a site sent in this round is not used, and why."""
         self._refused.append(Refused(site, reason))
 
-    def close(self, measure: Callable[[], float | None]) -> FederatedRound:
+    def close(self, measure: Callable[[], float | None], meter: Mapping[str, int] | None = None) -> FederatedRound:
         """Make the round's updates one, write the round, and go to the next. `measure` tells the eval loss of what is
-        then `current`. Raises QuorumError, and then nothing has changed but that new offers have to be made."""
+        then `current`; `meter` has the bytes of this round as the transport counted them, if one did. Raises
+        QuorumError, and then nothing has changed but that new offers have to be made."""
         rounds = self.recipe.federated
         # Clipping bounds every site by itself; to compare it with the others would let one site put out another.
         largest = math.inf if rounds.clip_norm else rounds.largest_change
@@ -172,6 +173,7 @@ class Coordinator:
             updates=len(taken),
             energy_kept=kept,
             eval_loss=measure(),
+            meter=dict(meter or {}),
         )
         self._write(record, changes)
         self._tickets, self._updates, self._sent, self._refused = {}, {}, {}, []

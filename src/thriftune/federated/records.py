@@ -11,7 +11,8 @@ from thriftune.records import SCHEMA_VERSION, Record
 
 
 class SiteRound(Record):
-    """One site in one round. Bytes are those of the messages, as given to the transport."""
+    """One site in one round. Bytes are those of its messages, as given to the transport, which counts all sites in
+    one."""
 
     site: str
     rank: int
@@ -31,6 +32,10 @@ class FederatedRound(Record):
     updates: int = Field(description="that were taken")
     energy_kept: float = Field(description="share of the exact mean's squared norm that the global rank holds")
     eval_loss: float | None = None
+    meter: dict[str, int] = Field(
+        default_factory=dict,
+        description="bytes_down and bytes_up of the round, of all sites, as Flower counted them; none in a simulation",
+    )
 
 
 class CoordinatorState(Record):

@@ -79,10 +79,12 @@ def _round(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str],
     """One round; begun anew, with all sites that are there, when it ends without a quorum."""
     while True:
         _wait_for_quorum(coordinator, link, say)
+        before = link.traffic()
         _collect(coordinator, link, say)
         link.forget()
+        moved = {way: count - before[way] for way, count in link.traffic().items()}
         try:
-            return coordinator.close(lambda: None)
+            return coordinator.close(lambda: None, moved)
         except QuorumError as error:
             say(f"{error.given}: this round begins anew")
             time.sleep(POLL_S)

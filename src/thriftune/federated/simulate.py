@@ -20,6 +20,7 @@ from thriftune.federated.result import record_of, round_line, write_result
 from thriftune.federated.site import Base, Site, eval_loss, open_base, recipe_of_rounds
 from thriftune.federated.split import read_split, share_out
 from thriftune.recipe import Recipe
+from thriftune.records import read_record
 from thriftune.run import Prepared, prepare_run
 from thriftune.train.observe import MetricsFile
 
@@ -52,6 +53,11 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     }
     examples = _share(prepared, share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed), names)
     coordinator = Coordinator(recipe, ranks, output)
+    if coordinator.is_done and (output / "record.json").exists():
+        say(f"all {coordinator.round} rounds are done already")
+        return read_record(output / "record.json", FederatedRecord)
+    if coordinator.round:
+        say(f"going on after round {coordinator.round}; the sites' optimizers start anew")
     base = open_base(prepared, output, say)
     if base.places.fingerprint() != coordinator.state.places:
         raise AssertionError("the adapter over the weights is not the one over the shapes")

@@ -28,6 +28,10 @@ def contradictions_of_dynamic(recipe: Recipe) -> list[str]:
             "train.load_best_model_at_end could go back to before a cut, to a larger adapter than asked for; drop it "
             "with method dynamic"
         )
+    if recipe.quant != type(recipe.quant)():
+        problems.append(
+            "quant.* is of bases in 4 bits, and those of method dynamic are in 16; drop it, or use method qlora"
+        )
     if recipe.precision == "fp8":
         problems.append("precision fp8 is not built in for a rank that changes; use precision=auto with method dynamic")
     unlike_plain = {

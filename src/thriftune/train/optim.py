@@ -129,7 +129,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(folder / STATE_FILE)
+        # Copied, because those of a file lie at its addresses, and products round by where their numbers lie.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / STATE_FILE).items()}
         layout = json.loads((folder / LAYOUT_FILE).read_text(encoding="utf-8"))
         state: dict[int, dict[str, Any]] = {}
         for key, value in [*tensors.items(), *layout["numbers"].items()]:

@@ -1,0 +1,136 @@
+"""The rounds of `federate serve` with sites that are late, silent or broken: real sites, messages in memory.
+
+What carries messages between machines is in test_deployment.py; here it is a list, so that who is there when is known.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thriftune.federated import serve
+from thriftune.federated.coordinator import Coordinator
+from thriftune.federated.flower.coordinator import Reply
+from thriftune.federated.site import Site, open_base, recipe_of_rounds
+from thriftune.run import prepare_run
+from tiny import tiny_model, tiny_recipe, tiny_rows
+
+
+class Room:
+    """Sites around one table. `here(site)` says whether a site is there now; `answer(site, offer)` what it says: the
+    bytes of an update, a text for an error of the transport, None for nothing."""
+
+    def __init__(self, names: list[str], here: Callable[[str], bool], answer: Callable[[str, bytes], Any]) -> None:
+        self.names, self.here, self.answer = names, here, answer
+        self.offered: list[str] = []
+        self.waiting: dict[str, bytes] = {}
+
+    def online(self) -> set[str]:
+        return {name for name in self.names if self.here(name)}
+
+    def send(self, site: str, data: bytes) -> None:
+        self.offered.append(site)
+        self.waiting[site] = data
+
+    def receive(self) -> list[Reply]:
+        found = []
+        for site, data in list(self.waiting.items()):
+            said = self.answer(site, data)
+            if said is not None:
+                del self.waiting[site]
+                found.append(Reply(site, b"", said) if isinstance(said, str) else Reply(site, said, ""))
+        return found
+
+    def forget(self) -> None:
+        self.waiting.clear()
+
+    def traffic(self) -> dict[str, int]:
+        return {"bytes_down": 0, "bytes_up": 0}
+
+
+class Federation:
+    def __init__(self, folder: Path, names: list[str], **federated: Any) -> None:
+        model = tiny_model(folder / "model")
+        settings = {"rounds": 2, "local_steps": 1, **federated}
+        recipe = tiny_recipe(model, tiny_rows(folder / "rows.jsonl", 24), folder / "fed", federated=settings)
+        prepared = prepare_run(recipe_of_rounds(recipe))
+        base = open_base(prepared, folder / "fed", lambda text: None)
+        self.coordinator = Coordinator(prepared.recipe, dict.fromkeys(names, 4), folder / "fed")
+        self.sites = {name: Site(base, name, prepared.data.train, folder / name, [], False) for name in names}
+        self.said: list[str] = []
+
+    def round(self, room: Room) -> Any:
+        return serve._round(self.coordinator, room, self.said.append)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "POLL_S", 0.01)
+
+
+def test_a_site_that_comes_late_gets_its_offer_when_it_comes(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, ["a", "b", "c"])
+    answered: list[str] = []
+
+    def answer(site: str, offer: bytes) -> bytes | None:
+        if site == "b" and "c" not in answered:  # slow enough for c to come
+            return None
+        answered.append(site)
+        return federation.sites[site].answer(offer)
+
+    room = Room(["a", "b", "c"], lambda name: name != "c" or "a" in answered, answer)
+    done = federation.round(room)
+    assert answered == ["a", "c", "b"] and room.offered == ["a", "b", "c"]
+    assert done.updates == 3
+
+
+def test_a_silent_site_stops_no_round_and_is_named(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, ["a", "b", "c"], round_timeout_s=1.0)
+    room = Room(
+        ["a", "b", "c"],
+        lambda name: True,
+        lambda site, offer: None if site == "b" else federation.sites[site].answer(offer),
+    )
+    done = federation.round(room)
+    assert done.updates == 2 and "round 1: time is up, without b" in federation.said
+    assert [site.bytes_up > 0 for site in done.sites] == [True, False, True]
+    assert federation.coordinator.round == 1
+
+
+def test_what_a_late_site_sends_of_the_last_round_is_refused_by_its_name(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, ["a", "b", "c"], round_timeout_s=1.0)
+    late: list[bytes] = []
+
+    def answer(site: str, offer: bytes) -> bytes | None:
+        if site == "b" and federation.coordinator.round == 0:
+            late[:] = late or [federation.sites[site].answer(offer)]
+            return None
+        return late[0] if site == "b" else federation.sites[site].answer(offer)
+
+    room = Room(["a", "b", "c"], lambda name: True, answer)
+    assert federation.round(room).updates == 2
+    done = federation.round(room)
+    assert done.updates == 2 and "refused: the message of site b: round 0, not 1" in federation.said
+    assert next(site.refused for site in done.sites if site.site == "b") == "the message of site b: round 0, not 1"
+
+
+def test_a_round_without_a_quorum_begins_anew_and_waits_for_sites(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, ["a", "b", "c"], quorum=0.6)
+    failures = iter(["site b: Error: it broke", "site a: Error: it broke"])
+    came = threading.Event()
+    threading.Timer(0.5, came.set).start()
+
+    def answer(site: str, offer: bytes) -> bytes | str:
+        failure = next(failures, None)
+        return failure if failure is not None else federation.sites[site].answer(offer)
+
+    room = Room(["a", "b", "c"], lambda name: name != "c" and (name == "a" or came.is_set()), answer)
+    done = federation.round(room)
+    assert federation.said[0] == "waiting for sites: a of a, b, c are here"
+    assert any("round 1 has 0 of 3 sites' updates" in text and "begins anew" in text for text in federation.said)
+    assert done.updates == 2 and room.offered == ["a", "b", "a", "b"]
+    assert [site.refused for site in done.sites] == ["", ""]
