@@ -70,6 +70,7 @@ class Federation:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "POLL_S", 0.01)
+    monkeypatch.setattr(serve, "GOODBYE_S", 2.0)
 
 
 def test_a_site_that_comes_late_gets_its_offer_when_it_comes(tmp_path: Path) -> None:
@@ -134,3 +135,19 @@ def test_a_round_without_a_quorum_begins_anew_and_waits_for_sites(tmp_path: Path
     assert any("round 1 has 0 of 3 sites' updates" in text and "begins anew" in text for text in federation.said)
     assert done.updates == 2 and room.offered == ["a", "b", "a", "b"]
     assert [site.refused for site in done.sites] == ["", ""]
+
+
+def test_after_the_last_round_a_site_that_comes_late_gets_the_result(tmp_path: Path) -> None:
+    """It is told once, and a site that never comes is not waited for for ever."""
+    federation = Federation(tmp_path, ["a", "b", "c"])
+    results: dict[str, Path] = {}
+
+    def answer(site: str, message: bytes) -> bytes:
+        assert site not in results
+        results[site] = federation.sites[site].end(message)
+        return b""
+
+    room = Room(["a", "b", "c"], lambda name: name == "a" or (name == "b" and "a" in results), answer)
+    serve._say_goodbye(federation.coordinator, room, {"a", "b", "c"})  # type: ignore[arg-type]
+    assert room.offered == ["a", "b"] == list(results)
+    assert (results["b"] / "adapter_model.safetensors").exists()

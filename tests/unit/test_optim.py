@@ -171,6 +171,17 @@ def test_a_saved_state_goes_on_bit_for_bit_and_is_no_pickle(tmp_path):
         assert torch.equal(one, two)
 
 
+def test_a_state_lies_as_one_that_was_never_saved(tmp_path):
+    """A file's tensors lie at multiples of 8 bytes, and products of MKL round by where their numbers lie."""
+    save_optimizer(trained(3)[1], tmp_path)
+    optimizer = trained(0)[1]
+    load_optimizer(optimizer, tmp_path)
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    assert states and all(value.data_ptr() % 64 == 0 for value in states)
+
+
 def test_numbers_among_the_state_are_kept_too(tmp_path):
     """bitsandbytes keeps its step count as a number where torch keeps a tensor."""
     _, optimizer = trained(2)

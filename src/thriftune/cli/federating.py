@@ -87,7 +87,8 @@ def serve(
 ) -> None:
     """Coordinate the rounds of a federation. No rows and no weights of the base are needed here.
 
-    Given again, it goes on with the round that it was stopped in.
+    Given again, it goes on with the round that it was stopped in; after the last one it gives the result to the sites
+    that come within half a minute.
     """
     recipe = recipe_of_words(words, config, {})
     from thriftune.federated.serve import Serving

@@ -16,6 +16,8 @@ from thriftune.machine import hardware, versions
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import write_record, write_text_atomically
 
+RECORD = "record.json"
+
 
 def record_of(
     coordinator: Coordinator,
@@ -73,4 +75,4 @@ def round_line(done: FederatedRound, recipe: Recipe) -> str:
 
 def write_result(folder: Path, record: FederatedRecord) -> None:
     write_text_atomically(folder / "recipe.yaml", dump_yaml(record.recipe))
-    write_record(folder / "record.json", record)
+    write_record(folder / RECORD, record)

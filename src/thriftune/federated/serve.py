@@ -16,10 +16,11 @@ from thriftune.federated.flower.coordinator import CoordinatorLink, Reply
 from thriftune.federated.keys import read_coordinator_keys
 from thriftune.federated.message import MessageError
 from thriftune.federated.records import FederatedRecord, FederatedRound
-from thriftune.federated.result import record_of, round_line, write_result
+from thriftune.federated.result import RECORD, record_of, round_line, write_result
 from thriftune.federated.site import recipe_of_rounds
 from thriftune.machine import quiet_libraries
 from thriftune.recipe import Recipe
+from thriftune.records import read_record
 
 POLL_S = 0.5
 GOODBYE_S = 30.0
@@ -40,7 +41,7 @@ class Serving:
 
 def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
     """Run all rounds with the sites that join, and leave the same folder as a simulation. Given again, it goes on with
-    the round that it was stopped in."""
+    the round that it was stopped in; after the last one it gives the result to the sites that come, for a while."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     quiet_libraries()
     keys = read_coordinator_keys(asked.certificates)
@@ -54,13 +55,19 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
     recipe = recipe.resolved("lora" if recipe.method == "auto" else recipe.method, str(asked.output))
     sites = {site: asked.ranks.get(site, recipe.lora.r) for site in keys.sites}
     coordinator = Coordinator(recipe, sites, asked.output)
+    done_before = coordinator.is_done and (asked.output / RECORD).exists()
     with CoordinatorLink(keys, asked.host, asked.port, asked.output / "flower") as link:
-        say(f"serving {asked.host}:{asked.port}, round {coordinator.round + 1} of {recipe.federated.rounds}; sites: "
-            + ", ".join(f"{site} (rank {rank})" for site, rank in sites.items()))  # fmt: skip
+        where = f"round {coordinator.round + 1} of {recipe.federated.rounds}"
+        if done_before:
+            where = f"all {coordinator.round} rounds are done; waiting {GOODBYE_S:g} s for sites that lack the result"
+        ranked = ", ".join(f"{site} (rank {rank})" for site, rank in sites.items())
+        say(f"serving {asked.host}:{asked.port}, {where}; sites: {ranked}")
         while not coordinator.is_done:
             say(round_line(_round(coordinator, link, say), recipe))
         meter = link.traffic()
-        _say_goodbye(coordinator, link)
+        _say_goodbye(coordinator, link, set(sites) if done_before else link.online())
+    if done_before:
+        return read_record(asked.output / RECORD, FederatedRecord)
     record = record_of(
         coordinator,
         transport="flower",
@@ -127,12 +134,13 @@ def _take(coordinator: Coordinator, reply: Reply, say: Callable[[str], None]) ->
         say(f"refused: {error.given}")
 
 
-def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink) -> None:
-    """Give the result to the sites that are there, and wait a little for their thanks."""
-    waiting = link.online()
-    for site in waiting:
-        link.send(site, coordinator.end(site))
+def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink, sites: set[str]) -> None:
+    """Give the result to these sites, as soon as they are there, and wait a little for their thanks."""
+    waiting, told = set(sites), set[str]()
     ends = time.monotonic() + GOODBYE_S
     while waiting and time.monotonic() < ends:
-        waiting = waiting - {reply.site for reply in link.receive()}
+        for site in sorted(waiting & link.online() - told):
+            link.send(site, coordinator.end(site))
+            told.add(site)
+        waiting -= {reply.site for reply in link.receive()}
         time.sleep(POLL_S)

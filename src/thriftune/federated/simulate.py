@@ -16,7 +16,7 @@ from thriftune.data import Example
 from thriftune.errors import InputError
 from thriftune.federated.coordinator import Coordinator
 from thriftune.federated.records import FederatedRecord, FederatedRound
-from thriftune.federated.result import record_of, round_line, write_result
+from thriftune.federated.result import RECORD, record_of, round_line, write_result
 from thriftune.federated.site import Base, Site, eval_loss, open_base, recipe_of_rounds
 from thriftune.federated.split import read_split, share_out
 from thriftune.recipe import Recipe
@@ -53,9 +53,9 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     }
     examples = _share(prepared, share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed), names)
     coordinator = Coordinator(recipe, ranks, output)
-    if coordinator.is_done and (output / "record.json").exists():
+    if coordinator.is_done and (output / RECORD).exists():
         say(f"all {coordinator.round} rounds are done already")
-        return read_record(output / "record.json", FederatedRecord)
+        return read_record(output / RECORD, FederatedRecord)
     if coordinator.round:
         say(f"going on after round {coordinator.round}; the sites' optimizers start anew")
     base = open_base(prepared, output, say)
