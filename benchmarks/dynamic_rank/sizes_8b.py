@@ -31,7 +31,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from thriftune.data import Example, largest_step
 from thriftune.engine.choose import engine_path, warm_up, why_not_here
-from thriftune.engine.path import EnginePath
 from thriftune.machine import hardware, quiet_libraries, versions
 from thriftune.measure import random_model
 from thriftune.methods import METHODS, trainable_parameters
@@ -118,19 +117,12 @@ def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def copies_bytes(job: TrainJob) -> int:
-    """Of the engine's buffers, what is not frozen weights."""
-    assert isinstance(job.path, EnginePath)
-    stacks = [stack for layer in job.path.program.layers for stack in layer.stacks]
-    return sum(stack.buffer_YX.nbytes - stack.weight_OX[:, : stack.size_in].numel() * 2 for stack in stacks)
-
-
 def measure(method: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     job, of_base = job_of(method, arguments, device)
     held: list[tuple[int, int]] = []
 
     def after_step(*_: Any) -> None:
-        held.append((allocated(device) - of_base, copies_bytes(job)))
+        held.append((allocated(device) - of_base, job.path.copies_bytes()))
 
     collector = Collector()
     hook = register_optimizer_step_post_hook(after_step)

@@ -66,6 +66,7 @@ def test_half_of_the_adapter_stays_and_the_record_tells_how(model, rows, tmp_pat
     assert last.parameters_after == record.trainable_parameters <= whole / 2 < 1.1 * last.parameters_after
     assert first.parameters_after == last.parameters_before
     assert 0.45 < 1 - last.held_bytes_after / first.held_bytes_before < 0.55
+    assert first.copies_bytes_before == last.copies_bytes_after == 0, "autograd has none"
     ranks = ranks_of(adapter_of(tmp_path / "run"))
     assert {name: rank for name, rank in last.ranks.items() if rank} == ranks and len(last.ranks) == 14
     assert all(rank % 2 == 0 for rank in ranks.values()) and len(set(ranks.values())) > 1
@@ -196,12 +197,13 @@ def test_the_engines_buffers_shrink_and_the_linears_stay_views_of_them(model, ro
     path = engine_path(attached, CPU, [18], 36, 0, "off", False)
     stacks = [stack for layer in path.program.layers for stack in layer.stacks]
     weights = {name: p.detach().clone() for name, p in attached.named_parameters() if "base_layer" in name}
-    before = sum(stack.buffer_YX.nbytes for stack in stacks)
+    before, copies_before = sum(stack.buffer_YX.nbytes for stack in stacks), path.copies_bytes()
     changed = METHODS["dynamic"].between_steps(recipe, 1, 1)(attached)
     path.parameters_changed()
     after = sum(stack.buffer_YX.nbytes for stack in stacks)
     frozen = 4 * sum(tensor.numel() for tensor in weights.values())
     assert after - frozen < 0.5 * (before - frozen)
+    assert (copies_before, path.copies_bytes()) == (before - frozen, after - frozen)
     assert sum(stack.rank for stack in stacks) < sum(changed.ranks.values()) + 16 * len(stacks)
     for stack in stacks:
         start, end = stack.buffer_YX.data_ptr(), stack.buffer_YX.data_ptr() + stack.buffer_YX.nbytes
@@ -321,7 +323,8 @@ def test_the_export_is_the_model_that_was_trained(model, rows, tmp_path, monkeyp
 
     monkeypatch.setattr(DynamicRankMethod, "export", watch)
     run(model, rows, tmp_path / "run", dynamic=HARD, engine="auto")
-    assert 0 in record_of(tmp_path / "run").cuts[-1].ranks.values()
+    first, last = record_of(tmp_path / "run").cuts
+    assert 0 in last.ranks.values() and first.copies_bytes_before > last.copies_bytes_after > 0
     again = logits_of(open_target(find_target(str(tmp_path / "run")), CPU).model)
     torch.testing.assert_close(again, seen[0], rtol=0, atol=1e-6)
 

@@ -97,6 +97,9 @@ class EnginePath:
     def parameters_changed(self) -> None:
         follow_adapters(self.program)
 
+    def copies_bytes(self) -> int:
+        return sum(stack.copies_bytes for layer in self.program.layers for stack in layer.stacks if not stack.shared)
+
     def _choose(self) -> tuple[Keep, int]:
         """What layers keep, and tokens at once: chosen at the first step for a step of the longest kind there is. A
         resumed run has them from its checkpoint, and beside them unpacks as many layers as there is room for."""

@@ -93,6 +93,10 @@ class StreamedPath:
         """Only method dynamic changes them, whose recipes stream nothing."""
         raise NotImplementedError("streamed layers keep the adapters that they were read with")
 
+    def copies_bytes(self) -> int:
+        """None: layers take their copies in turn, in the buffers that they share."""
+        return 0
+
     def measured(self) -> dict[str, float]:
         if self._untold:
             self.spent, self._untold = self.streaming.lane.times(), False

@@ -95,6 +95,13 @@ class Stack:
         return self.weight_OX[:, self.size_in :]
 
     @property
+    def copies_bytes(self) -> int:
+        """Of the adapters' 16-bit copies, with the padding of their rank."""
+        if self.buffer_YX is None:
+            return self.a_RI.nbytes + self.b_OR.nbytes
+        return self.buffer_YX.nbytes - self.size_out * self.size_in * self.buffer_YX.element_size()
+
+    @property
     def memory(self) -> Tensor:
         """Where the weights are, for a product forward."""
         if self.fp8 is not None:

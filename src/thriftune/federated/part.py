@@ -67,6 +67,9 @@ class PartialPath:
     def parameters_changed(self) -> None:
         self.inner.parameters_changed()
 
+    def copies_bytes(self) -> int:
+        return self.inner.copies_bytes()
+
 
 def without_components_beyond(places: Places, rank: int) -> None:
     """Set the components beyond `rank` to zero: what a site of that rank has under `fedit`."""

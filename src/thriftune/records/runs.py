@@ -96,8 +96,9 @@ class StepMetrics(Record):
 class RankCut(Record):
     """A cut of an adapter's ranks between two steps, of method dynamic. The losses are those of the step's examples.
 
-    `held` bytes are those of the trained parameters, their gradients and the optimizer's states, counted from their
-    sizes; `allocated` ones all that the GPU's allocator has handed out at that moment.
+    `held` bytes are those of the trained parameters, their gradients and the optimizer's states, `copies` those of the
+    engine's 16-bit copies, padding included, both counted from their sizes; `allocated` ones all that the GPU's
+    allocator has handed out at that moment.
     """
 
     step: int
@@ -109,6 +110,8 @@ class RankCut(Record):
     parameters_after: int
     held_bytes_before: int
     held_bytes_after: int
+    copies_bytes_before: int = 0
+    copies_bytes_after: int = 0
     allocated_bytes_before: int | None = None
     allocated_bytes_after: int | None = None
     cut_s: float

@@ -34,7 +34,7 @@ def change_if_due(
         return
     check_finite(job, state.step)
     examples = [job.train_examples[index] for index in job.order.indices(state.step - 1)]
-    loss_before, before = loss_of(examples), _sizes(job, optimizer)
+    loss_before, before, copies_before = loss_of(examples), _sizes(job, optimizer), path.copies_bytes()
     started = time.perf_counter()
     with fits_or_ends("other parameters beside those that they replace"):
         changed = change(job.model)
@@ -55,6 +55,8 @@ def change_if_due(
         parameters_after=after[0],
         held_bytes_before=before[1],
         held_bytes_after=after[1],
+        copies_bytes_before=copies_before,
+        copies_bytes_after=path.copies_bytes(),
         allocated_bytes_before=before[2],
         allocated_bytes_after=after[2],
         cut_s=cut_s,

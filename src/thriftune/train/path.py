@@ -53,6 +53,10 @@ class StepPath(Protocol):
         """To be called when the model has other trained parameters than before, of other sizes."""
         ...
 
+    def copies_bytes(self) -> int:
+        """Of working copies of the trained parameters, which the path holds beside them."""
+        ...
+
 
 @dataclass
 class GenericPath:
@@ -108,3 +112,6 @@ class GenericPath:
 
     def parameters_changed(self) -> None:
         """Nothing: every pass goes through the model itself."""
+
+    def copies_bytes(self) -> int:
+        return 0
