@@ -89,12 +89,16 @@ def main() -> None:
     print(table(arguments.results))
 
 
+def name_of(variant: str, seed: int) -> str:
+    return f"{variant.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+
+
 def folder_of(variant: str, seed: int, output: Path) -> Path:
-    return output / f"{variant.replace(', ', '-')}-seed{seed}"
+    return output / name_of(variant, seed)
 
 
 def record_of(variant: str, seed: int, results: Path) -> Path:
-    return results / f"{variant.replace(', ', '-')}-seed{seed}.json"
+    return results / f"{name_of(variant, seed)}.json"
 
 
 def start(variant: str, seed: int, place: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
