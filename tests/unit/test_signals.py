@@ -83,7 +83,8 @@ def test_a_signal_saves_tells_how_to_go_on_and_that_command_ends_as_if_nothing_h
     assert "done: lora, 15 steps" in capsys.readouterr().out
     train = {**LONG_STEPS, "learning_rate": None, "warmup_ratio": 0.03}
     lora = {"r": 16, "alpha": 32.0, "dropout": 0.1}
-    train_tiny(tiny_recipe(model, rows, tmp_path / "whole", train=train, lora=lora, data={"max_length": 1024}))
+    more = {"lora": lora, "data": {"max_length": 1024}, "engine": "auto"}
+    train_tiny(tiny_recipe(model, rows, tmp_path / "whole", train=train, **more))
     assert numbers_of(tmp_path / "SIGTERM") == numbers_of(tmp_path / "whole")
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "SIGTERM" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
