@@ -9,22 +9,20 @@ import numpy as np
 import pytest
 import torch
 from test_engine_fp8 import build as build_wide
-from test_engine_fp8 import furthest, qlora
+from test_engine_fp8 import furthest, put_wide_numbers_in, qlora
 from test_engine_gradients import assert_close, build, examples, gradients
 from torch import Tensor, nn
 
 from dropout_masks import with_masks
 from thriftune.data import Example
 from thriftune.data.batches import micro_batches
-from thriftune.engine import fp8 as engine_fp8
-from thriftune.engine import read as engine_read
 from thriftune.engine.attention import ReferenceAttention
 from thriftune.engine.packing import cut_by_tokens, pack
 from thriftune.engine.program import Program
 from thriftune.engine.read import follow_adapters, read_program, why_not
 from thriftune.engine.sizes import Keep
 from thriftune.engine.takes import LINEARS
-from thriftune.kernels import dropout, fp8
+from thriftune.kernels import dropout
 from thriftune.kernels.dropout import Draw, Key
 from thriftune.train.loss import loss_sum
 
@@ -173,15 +171,7 @@ def test_without_dropout_nothing_is_drawn_and_no_bit_changes() -> None:
 def test_with_wide_numbers_in_the_place_of_8_bits_it_is_exact(family, monkeypatch) -> None:
     model = build_wide(family, lora_dropout=RATE)
     loss, wanted = step(read_program(model, 64, 16, fp8=False), model)
-
-    def wide(size_out: int, size_in: int, rank: int, device: torch.device) -> engine_fp8.Fp8Values:
-        return engine_fp8.Fp8Values(
-            torch.zeros(size_out, size_in + 3 * rank), torch.zeros(size_in, size_out + 3 * rank)
-        )
-
-    monkeypatch.setattr(fp8, "E4M3", torch.float32)
-    monkeypatch.setattr(engine_fp8, "E4M3", torch.float32)
-    monkeypatch.setattr(engine_read.Fp8Values, "empty", wide)
+    put_wide_numbers_in(monkeypatch)
     found_loss, found = step(read_program(model, 64, 16, fp8=True), model)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert furthest(found, wanted) < 2e-5

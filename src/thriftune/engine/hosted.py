@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from thriftune.engine.host_memory import (
 from thriftune.engine.lanes import Lane, lane_to
 from thriftune.engine.program import Program
 from thriftune.engine.residency import Holder, Streaming, new_slots, spread
-from thriftune.kernels.slab import SlabLayout, Tables
+from thriftune.errors import ModelError
+from thriftune.kernels.slab import Matrix, SlabLayout, Tables
 
 READERS = 8  # threads that read and check slabs, at most
 THROUGH = 4  # blocks that resident layers are read through
@@ -173,6 +174,17 @@ def stream_layers(layers: Sequence[Holder], hosted: Hosted, resident: Sequence[i
         lane=lane,
         disk=disk,
     )
+
+
+def refuse_another_size(linear: Any, matrix: Matrix, index: int) -> None:
+    """Raise ModelError where a slab's matrix is not that of the linear of layer `index`."""
+    if (linear.out_features, linear.in_features) != (matrix.rows, matrix.columns):
+        raise ModelError(
+            given=f"{matrix.name} of layer {index} is {matrix.rows} x {matrix.columns} in the model's files, "
+            f"and {linear.out_features} x {linear.in_features} by its config.json",
+            allowed="weights that match config.json",
+            do="download the model again",
+        )
 
 
 def read_scales(program: Program, streaming: Streaming) -> None:

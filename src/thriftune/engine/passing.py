@@ -17,18 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from thriftune.engine.hosted import Hosted, Say, Slabs, stream_layers
+from thriftune.engine.hosted import Hosted, Say, Slabs, refuse_another_size, stream_layers
 from thriftune.engine.lanes import LinkTimes
 from thriftune.engine.offload import SLOTS, SPARE_BYTES, SPARE_SHARE
 from thriftune.engine.residency import Streaming, spread
 from thriftune.engine.room import free_bytes
-from thriftune.errors import ModelError
 from thriftune.kernels.four_bit import FourBit, unpack_four_bit
 from thriftune.kernels.slab import SlabLayout
 
-SHARE_OF_ROWS = (
-    0.5  # of the memory that is free, for caches of the rows that are answered at once; layers have the rest
-)
+SHARE_OF_ROWS = 0.5  # of what is free, for caches of the rows that are answered at once; layers have the rest
 
 
 @dataclass
@@ -158,13 +155,7 @@ def _linears(module: nn.Module, layout: SlabLayout, index: int) -> Linears:
     for matrix in layout.matrices:
         part: Any = found[matrix.name]
         linear = getattr(part, "base_layer", part)
-        if (linear.out_features, linear.in_features) != (matrix.rows, matrix.columns):
-            raise ModelError(
-                given=f"{matrix.name} of layer {index} is {matrix.rows} x {matrix.columns} in the model's files, "
-                f"and {linear.out_features} x {linear.in_features} by its config.json",
-                allowed="weights that match config.json",
-                do="download the model again",
-            )
+        refuse_another_size(linear, matrix, index)
         parts.append(linear)
     return Linears(parts)
 

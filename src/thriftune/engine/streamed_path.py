@@ -16,7 +16,7 @@ from torch import Tensor
 from thriftune.data import Example
 from thriftune.engine import by_layer
 from thriftune.engine.attention import Attention
-from thriftune.engine.hosted import Hosted, Say, Slabs, stream
+from thriftune.engine.hosted import Hosted, Say, Slabs, refuse_another_size, stream
 from thriftune.engine.lanes import LinkTimes
 from thriftune.engine.offload import SLOTS, Demand, Offload, choose_offload, padding_bytes
 from thriftune.engine.packing import PackedBatch, cut_by_tokens, pack
@@ -24,7 +24,7 @@ from thriftune.engine.program import Program
 from thriftune.engine.residency import Streaming, spread
 from thriftune.engine.room import free_bytes
 from thriftune.engine.shelf import DeviceShelf, HostShelf, Shelf
-from thriftune.errors import DoesNotFitError, ModelError
+from thriftune.errors import DoesNotFitError
 
 
 @dataclass
@@ -155,10 +155,4 @@ def _refuse_other_sizes(program: Program, slabs: Slabs) -> None:
     for index, (layer, layout) in enumerate(zip(program.layers, slabs.layouts, strict=True)):
         linears = [part.linear for stack in layer.stacks for part in stack.parts]
         for linear, matrix in zip(linears, layout.matrices, strict=True):
-            if (matrix.rows, matrix.columns) != (linear.out_features, linear.in_features):
-                raise ModelError(
-                    given=f"{matrix.name} of layer {index} is {matrix.rows} x {matrix.columns} in the model's files, "
-                    f"and {linear.out_features} x {linear.in_features} by its config.json",
-                    allowed="weights that match config.json",
-                    do="download the model again",
-                )
+            refuse_another_size(linear, matrix, index)
