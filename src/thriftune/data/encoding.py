@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from thriftune.data.cutting import shorten_prompts, windowed
+from thriftune.data.cutting import Fitted, Tokens, fit
 from thriftune.data.formats import Conversation, Malformed, Message, Shape, conversations, refuse_rows
 from thriftune.data.rendering import Renderer, Segment, renderer_for, special_texts, strip_end
 from thriftune.data.sources import Rows
@@ -83,6 +84,25 @@ class Encoder:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    def tokens(self, texts: Sequence[str]) -> list[Tokens]:
+        """Ids of each text by itself, and where in it each token begins."""
+        if not texts:
+            return []
+        tells = bool(self.tokenizer.is_fast)
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=tells,
+            verbose=False,
+        )
+        if not tells:
+            return [Tokens(ids, None) for ids in encoded["input_ids"]]
+        offsets = encoded["offset_mapping"]
+        return [
+            Tokens(ids, [begin for begin, _ in spans]) for ids, spans in zip(encoded["input_ids"], offsets, strict=True)
+        ]
 
     def continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that go on from what stands before them, so without the space a sentencepiece writes first."""
@@ -193,39 +213,19 @@ def _encode_chunk(
     chunk: Sequence[Conversation], indices: Sequence[int], encoder: Encoder, data: DataRecipe
 ) -> tuple[list[Example], list[tuple[int, str]]]:
     """Examples of the rows, and the rows (index, reason) that the template refuses."""
-    wrong: list[tuple[int, str]] = []
-    rendered: list[tuple[int, Conversation, Conversation, list[Segment]]] = []
-    for index, conversation in zip(indices, chunk, strict=True):
-        window = windowed(conversation, data)
-        try:
-            rendered.append((index, conversation, window, _segments(window, encoder)))
-        except Malformed as problem:
-            wrong.append((index, str(problem)))
-    examples = []
-    all_parts = encoder.encode([segments for *_, segments in rendered])
-    for (index, conversation, window, segments), parts in zip(rendered, all_parts, strict=True):
-        try:
-            if window is not conversation and _length(parts) <= data.max_length:
-                window, segments = conversation, _segments(conversation, encoder)
-                parts = encoder.encode([segments])[0]
-            too_long = _length(parts) > data.max_length and conversation.text is None
-            if too_long:
-                segments, parts = shorten_prompts(window, parts, encoder, data, _segments)
-        except Malformed as problem:
-            wrong.append((index, str(problem)))
-            continue
-        examples.append(_example(segments, parts, index, too_long, data))
+    examples, wrong = [], []
+    rows = [(conversation, partial(_segments, encoder=encoder)) for conversation in chunk]
+    for index, found in zip(indices, fit(rows, encoder, data), strict=True):
+        if isinstance(found, Malformed):
+            wrong.append((index, str(found)))
+        else:
+            examples.append(_example(found, index, data))
     return examples, wrong
 
 
-def _length(parts: Sequence[Sequence[int]]) -> int:
-    return sum(map(len, parts))
-
-
-def _example(
-    segments: Sequence[Segment], parts: Sequence[list[int]], row: int, prompt_cut: bool, data: DataRecipe
-) -> Example:
+def _example(found: Fitted, row: int, data: DataRecipe) -> Example:
     """Tokens and mask of a row; what exceeds max_length is cut from its end. A tail without an answer is left out."""
+    segments, parts = found.segments, found.parts
     if not data.train_on_prompt:
         last = max((number for number, segment in enumerate(segments) if segment.answer), default=-1)
         segments, parts = segments[: last + 1], parts[: last + 1]
@@ -233,7 +233,7 @@ def _example(
     flags = [segment.answer or data.train_on_prompt for segment in segments]
     trained_T = np.repeat(np.array(flags, np.bool_), [len(part) for part in parts])
     kept = data.max_length
-    return Example(tokens_T[:kept], trained_T[:kept], row, prompt_cut, int(trained_T[kept:].sum()))
+    return Example(tokens_T[:kept], trained_T[:kept], row, found.cut, int(trained_T[kept:].sum()))
 
 
 Prompt = str | Sequence[Message] | Conversation
@@ -256,11 +256,24 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, data: DataRecipe, 
     found: list[list[int]] = []
     for start in range(0, len(prompts), ROWS_A_CHUNK):
         asked = [_AskedPrompt.of(prompt) for prompt in prompts[start : start + ROWS_A_CHUNK]]
-        windows = [windowed(one.conversation, room) for one in asked]
-        segments = [one.segments(window, encoder) for one, window in zip(asked, windows, strict=True)]
-        for one, window, parts in zip(asked, windows, encoder.encode(segments), strict=True):
-            found.append(one.fitted(window, parts, encoder, room, reserve))
+        rows = [(one.conversation, partial(one.segments, encoder=encoder)) for one in asked]
+        for one, fitted in zip(asked, fit(rows, encoder, room), strict=True):
+            if isinstance(fitted, Malformed):
+                raise one.refused(fitted, encoder) from fitted
+            found.append(_within([token for part in fitted.parts for token in part], room, reserve))
     return found
+
+
+def _within(ids: list[int], room: DataRecipe, reserve: int) -> list[int]:
+    """The ids of a prompt that is cut as far as it may be. Raises DataError where they are still too many."""
+    if len(ids) > room.max_length:
+        raise DataError(
+            given=f"a prompt of {len(ids)} tokens when everything that may be cut is cut, with {reserve} tokens "
+            f"for the answer and max_length {room.max_length + reserve}",
+            allowed=f"at most {max(room.max_length, 0)} tokens",
+            do="raise data.max_length or ask for a shorter answer",
+        )
+    return ids
 
 
 @dataclass(frozen=True)
@@ -278,40 +291,12 @@ class _AskedPrompt:
         return _AskedPrompt(Conversation(messages, False, None), isinstance(prompt, str))
 
     def segments(self, conversation: Conversation, encoder: Encoder) -> list[Segment]:
-        """Of this conversation or a shorter form of it. Raises DataError when the template refuses it."""
-        try:
-            return self._rendered(conversation, encoder)
-        except Malformed as problem:
-            raise self._refused(problem, encoder) from problem
-
-    def fitted(
-        self, window: Conversation, parts: list[list[int]], encoder: Encoder, room: DataRecipe, reserve: int
-    ) -> list[int]:
-        """Ids within `room`, from the parts of a window on the conversation. Raises DataError."""
-        if window is not self.conversation and _length(parts) <= room.max_length:
-            window = self.conversation
-            parts = encoder.encode([self.segments(window, encoder)])[0]
-        if _length(parts) > room.max_length:
-            try:
-                _, parts = shorten_prompts(window, parts, encoder, room, self._rendered)
-            except Malformed as problem:
-                raise self._refused(problem, encoder) from problem
-        ids = [token for part in parts for token in part]
-        if len(ids) > room.max_length:
-            raise DataError(
-                given=f"a prompt of {len(ids)} tokens when everything that may be cut is cut, with {reserve} tokens "
-                f"for the answer and max_length {room.max_length + reserve}",
-                allowed=f"at most {max(room.max_length, 0)} tokens",
-                do="raise data.max_length or ask for a shorter answer",
-            )
-        return ids
-
-    def _rendered(self, conversation: Conversation, encoder: Encoder) -> list[Segment]:
+        """Of this conversation or a shorter form of it. Raises Malformed when the template refuses it."""
         if self.is_text and encoder.renderer.template is None:
             return [Segment(conversation.messages[0]["content"], False, False)]
         return encoder.renderer.segments(conversation.messages, generation_prompt=True)
 
-    def _refused(self, problem: Malformed, encoder: Encoder) -> DataError:
+    def refused(self, problem: Malformed, encoder: Encoder) -> DataError:
         messages = self.conversation.messages
         told = messages[0]["content"] if self.is_text else str(messages)
         return DataError(
