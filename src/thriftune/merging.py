@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from thriftune.data import encode_prompt
 from thriftune.engine.host_memory import available_bytes
 from thriftune.engine.room import free_bytes
+from thriftune.errors import DoesNotFitError
 from thriftune.infer.merge import (
     MergeCheck,
     compare,
@@ -69,12 +70,23 @@ def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:
     Where a whole 16-bit model fits on the device, the logits of what was written are compared with the adapter's; else
     it is counted how much of the update is in the tensors that were written, and the result's `positions` is None.
 
-    Raises InputError when the target has no adapter, OutputError when `output` is taken, ModelError when the written
-    model is not the tuned one. After an error there is no `output`.
+    Raises InputError when the target has no adapter, OutputError when `output` is taken, DoesNotFitError, and
+    ModelError when the written model is not the tuned one. After an error there is no `output`.
     """
     target, adapter = find_adapter(name, "merge")
     refuse_taken(output)
     hold_memory(device, target.recipe, 0)
+    try:
+        return _merge(target, adapter, output, device)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            given=f"merging into {target.base.name} runs out of memory on {device}: {str(error).splitlines()[0]}",
+            allowed="a device with room for its largest tensor several times over",
+            do="merge on the CPU: put CUDA_VISIBLE_DEVICES= (set to nothing) before the command",
+        ) from None
+
+
+def _merge(target: Target, adapter: Path, output: Path, device: torch.device) -> dict[str, Any]:
     description = describe_model(target.base)
     dtype = STORED_DTYPES.get(description.stored_dtype or "", torch.bfloat16)
     ready = by_tensor(target, adapter, description, dtype, device)
@@ -86,7 +98,7 @@ def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:
         kept = ready.files.write(folder)
         write_description(ready.network, ready.tokenizer, folder, dtype)
         if probed is not None:
-            written = _check(probed, folder, choose_dtype(target.base, device), device)
+            written = _check(probed, folder, choose_dtype(target.base, device), dtype, device)
         else:
             weight_files(folder)  # each is there and of the size that its header says
             kept.refuse_a_lost_update()
@@ -124,14 +136,16 @@ def merge_whole(target: Target, adapter: Path, output: Path, dtype: torch.dtype,
     base_NV = probe_logits(loaded.model, probes)
     adapted = attach_adapter(loaded.model, adapter)
     probed = Probed(probes, base_NV, probe_logits(adapted, probes))
+    plain: Any = None
     if target.four_bit:
-        plain: Any = adapted.unload()  # type: ignore[operator]
+        plain = adapted.unload()  # type: ignore[operator]
         adapted = attach_adapter(dequantise(plain), adapter)
     with folder_written_whole(output) as folder:
         write_model(merge_adapter(adapted), loaded.tokenizer, folder, dtype)
         base_dtype = loaded.base_dtype
+        plain = None
         del adapted, loaded  # two models at a time would not fit where one just does
-        return _check(probed, folder, base_dtype, device)
+        return _check(probed, folder, base_dtype, dtype, device)
 
 
 def _fits(target: Target, description: ModelDescription, device: torch.device) -> bool:
@@ -148,11 +162,14 @@ def _probed(target: Target, adapter: Path, device: torch.device) -> Probed:
     return Probed(probes, base_NV, probe_logits(attach_adapter(loaded.model, adapter), probes))
 
 
-def _check(probed: Probed, folder: Path, dtype: torch.dtype, device: torch.device) -> MergeCheck:
-    """What was written, loaded again. Raises ModelError when it is not the tuned model."""
+def _check(
+    probed: Probed, folder: Path, dtype: torch.dtype, stored_dtype: torch.dtype, device: torch.device
+) -> MergeCheck:
+    """What was written, loaded again in the type that the adapter's base had. Raises ModelError when it is not the
+    tuned model."""
     again = load_model(ModelRecipe(name=str(folder)), device=device, dtype=dtype, quant=None)
     check = compare(probed.adapter_NV, probed.base_NV, probe_logits(again.model, probed.probes))
-    refuse_a_lost_tune(check)
+    refuse_a_lost_tune(check, rounded=not dtype == stored_dtype == torch.float32)
     return check
 
 

@@ -46,16 +46,14 @@ def open_for_use(target: Target, recipe: Recipe, device: torch.device, *, alone:
     dtype = choose_dtype(target.base, device)
     store = Store.of(description.folder, description.num_layers, target.recipe.quant, dtype, device)
     store.make(say)
-    loaded = load_shell(target.base, device=device, dtype=dtype, quant=None)
-    base: Any = loaded.model
-    model = attach_adapter(base, target.adapter) if target.adapter else base
     tokens = recipe.data.max_length + recipe.generation.max_new_tokens
-    wanted = Wanted(
-        recipe.resident_layers,
-        bytes_of_token(base.config, dtype.itemsize),
-        min(tokens, description.max_positions or tokens) if alone else None,
-    )
+    tokens = min(tokens, description.max_positions or tokens)
     try:
+        loaded = load_shell(target.base, device=device, dtype=dtype, quant=None)
+        base: Any = loaded.model
+        model = attach_adapter(base, target.adapter) if target.adapter else base
+        token_bytes = bytes_of_token(base.config, dtype.itemsize)
+        wanted = Wanted(recipe.resident_layers, token_bytes, tokens if alone else None)
         passing = pass_over(base, store, device, wanted, say)
     except torch.OutOfMemoryError:
         raise DoesNotFitError(

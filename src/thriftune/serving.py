@@ -148,7 +148,16 @@ def chat_with_target(name: str, words: Sequence[str]) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    chat_loop(opened.model, opened.tokenizer, recipe.data, recipe.generation, read_line, write, seed=recipe.seed)
+    chat_loop(
+        opened.model,
+        opened.tokenizer,
+        recipe.data,
+        recipe.generation,
+        read_line,
+        write,
+        seed=recipe.seed,
+        most_tokens=None if opened.rows_at_once is None else opened.rows_at_once(1),  # rows of one token: its tokens
+    )
 
 
 def with_rows(opened: OpenedTarget, data: DataRecipe, settings: GenerationRecipe) -> GenerationRecipe:

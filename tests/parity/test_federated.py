@@ -95,6 +95,21 @@ def test_sites_with_equal_data_move_as_one(model: Path, rows: Path, tmp_path: Pa
         assert torch.allclose(factors.b_OR @ factors.a_RI, alone[name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("engine", ["auto", "off"])
+def test_sites_with_equal_rows_draw_dropout_each_for_itself(
+    model: Path, rows: Path, tmp_path: Path, engine: str
+) -> None:
+    recipe = recipe_of(model, rows, tmp_path / "run", engine=engine, lora={"dropout": 0.5})
+    federation = Federation(recipe, {"a": 4, "b": 4})
+    sent = {}
+    for name in ("a", "b", "a"):
+        message = open_message(federation.site(name).answer(federation.coordinator.offer(name)))
+        again = sent.get(name)
+        sent[name] = (message.header.loss, message.header.targets)
+        assert again in (None, sent[name])
+    assert sent["a"][1] == sent["b"][1] and sent["a"][0] != sent["b"][0]
+
+
 def test_the_mean_of_sites_points_where_the_pooled_gradient_does(model: Path, rows: Path, tmp_path: Path) -> None:
     """One step of plain gradient descent would be the pooled step exactly; AdamW's first step is its sign."""
     federation = Federation(recipe_of(model, rows, tmp_path, rounds=1), {"a": 4, "b": 4})

@@ -287,9 +287,11 @@ def test_what_lies_beside_masked_inputs_is_counted(keep, monkeypatch):
     program.copy_masters()
     held = 0
     gc.collect()
-    gc.freeze()  # what is there already is not looked through at every mask: in a whole suite that is millions of objects
+    gc.freeze()  # what is there already is not looked through at every mask: in a whole suite, millions of objects
     try:
-        program.add_gradients(batch, 1.0, [keep] * 3, ReferenceAttention(), (1, 2))  # from here on gradients have places
+        program.add_gradients(
+            batch, 1.0, [keep] * 3, ReferenceAttention(), (1, 2)
+        )  # from here on gradients have places
         held = sum(storages().values())
         found.clear()
         program.add_gradients(batch, 1.0, [keep] * 3, ReferenceAttention(), (1, 2))

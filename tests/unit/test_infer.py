@@ -113,8 +113,8 @@ class Person:
         self.heard += text
 
 
-def talk(model, tokenizer, person, settings=SETTINGS):
-    return chat_loop(model, tokenizer, DataRecipe(), settings, person.read_line, person.write, seed=0)
+def talk(model, tokenizer, person, settings=SETTINGS, **more):
+    return chat_loop(model, tokenizer, DataRecipe(), settings, person.read_line, person.write, seed=0, **more)
 
 
 def test_a_chat_answers_and_remembers(tokenizer):
@@ -157,6 +157,33 @@ def test_old_turns_are_left_out_aloud_and_a_message_too_long_is_not_sent(tokeniz
     assert [m["content"] for m in messages] == ["w" * 20, "ok"]
     assert "room for; its first 2 messages are left out" in person.heard
     assert "your message has 62 tokens and the model room for 56; it was not sent" in person.heard
+
+
+def test_a_chat_keeps_to_the_memory_that_there_is(tokenizer):
+    """A conversation has fewer tokens than the model positions: `most_tokens` less those of an answer."""
+    model = chain_model(tokenizer, says(tokenizer, "ok"))
+    room = 90
+    person = Person("x" * 50, "y" * 50, "z" * 200)
+    messages = talk(model, tokenizer, person, most_tokens=room + SETTINGS.max_new_tokens)
+    assert [m["content"] for m in messages] == ["y" * 50, "ok"]
+    assert f"more than the {room} tokens there is room for; its first 2 messages are left out" in person.heard
+    assert f"the model room for {room}; it was not sent" in person.heard
+
+
+def test_a_chat_that_runs_out_of_memory_goes_on_shorter(tokenizer, monkeypatch):
+    model = chain_model(tokenizer, says(tokenizer, "ok"))
+    generate = type(model).generate
+
+    def of_limited_memory(self, *words, **settings):
+        if settings["input_ids"].shape[1] > 100:
+            raise torch.OutOfMemoryError("no room")
+        return generate(self, *words, **settings)
+
+    monkeypatch.setattr(type(model), "generate", of_limited_memory)
+    person = Person("x" * 50, "y" * 50, "y" * 50)
+    messages = talk(model, tokenizer, person)
+    assert [m["content"] for m in messages] == ["y" * 50, "ok"]
+    assert "ran out of memory at 1" in person.heard and "its first 2 messages are left out" in person.heard
 
 
 def test_an_empty_answer_is_said_and_left_out(tokenizer):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,8 @@ class Site:
         self.name, self.output = name, output
         self._keeps = keeps
         self._base = base
-        self._job = replace(base.job, train_examples=examples, output=output)
+        draws = zlib.crc32(name.encode())
+        self._job = replace(base.job, train_examples=examples, output=output, draws=draws)
         self._path = PartialPath(base.path, base.places, base.places.rank)
         self._observers = Observers(observers)
         recipe = self._job.recipe

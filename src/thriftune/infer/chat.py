@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+import torch
+
 from thriftune.data import encode_prompt, stop_token_ids
 from thriftune.infer.batching import model_positions
 from thriftune.infer.generate import stream
@@ -16,6 +18,7 @@ HELP = "/reset forgets the conversation, /exit (or end of input) leaves, Ctrl-C 
 
 # More tokens than any conversation has: encoding must not cut, because here whole turns are left out, aloud.
 _UNCUT = 10**9
+_LEAST_ROOM = 64  # tokens: a short message is tried, however little memory there seems to be
 
 Messages = list[dict[str, str]]
 
@@ -29,6 +32,7 @@ def chat_loop(
     write: Callable[[str], None],
     *,
     seed: int,
+    most_tokens: int | None = None,
 ) -> Messages:
     """Read a line, stream the answer, keep both, until `/exit` or the end of input.
 
@@ -38,9 +42,13 @@ def chat_loop(
         read_line: gives a line without its newline; raises EOFError at the end, as `input` does.
         write: is given pieces of text, newlines included.
         seed: of the sampling; the n-th answer uses seed + n.
+        most_tokens: what memory has room for of a conversation and its next answer, where that is known.
 
     Returns:
         the conversation as it stands at the end.
+
+    Where the device runs out of memory while answering, the message is taken back and later conversations are kept
+    shorter than that one.
 
     Raises:
         InputError: the model has too few positions for `settings.max_new_tokens`.
@@ -48,6 +56,8 @@ def chat_loop(
     positions = model_positions(model)
     unlimited = data if positions is None else data.model_copy(update={"max_length": positions})
     room = room_for_answer(unlimited, model, settings.max_new_tokens).max_length
+    if most_tokens is not None:
+        room = max(min(room, most_tokens - settings.max_new_tokens), _LEAST_ROOM)
     stops = stop_token_ids(tokenizer, getattr(model, "generation_config", None), data)
     messages: Messages = []
     answers = 0
@@ -69,7 +79,16 @@ def chat_loop(
         if prompt is None:
             continue
         pieces = stream(model, prompt, settings, stops, pad_token_id_of(tokenizer), tokenizer, seed=seed + answers)
-        answer = _say(pieces, write)
+        try:
+            answer = _say(pieces, write)
+        except torch.OutOfMemoryError:
+            messages.pop()
+            room = len(prompt) * 3 // 4
+            write(
+                f"\n(the device ran out of memory at {len(prompt):,} tokens; the message is taken back, and from now "
+                f"on a conversation keeps {room:,}: say it again, or shorter)\n"
+            )
+            continue
         answers += 1
         if answer.strip():
             messages.append({"role": "assistant", "content": answer})

@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from thriftune.errors import DiskFullError, ModelError, OutputError
 
 ROUNDING = 1e-3  # a difference of the logits below this share is rounding, whatever the adapter's effect
-MOST_OF_THE_TUNE = 0.5  # a merged model further from the adapter's than this share of the adapter's effect has lost it
+# A merged model further from the adapter's than this share of the adapter's effect has lost it: half where 16-bit
+# weights are rounded, next to nothing where they stay float32.
+MOST_OF_THE_TUNE = 0.5
+MOST_IN_FLOAT32 = 0.02
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def merge_adapter(adapted: nn.Module) -> nn.Module:
             allowed="a de-quantised base: merging into 4-bit weights loses the tune",
             do="de-quantise it first",
         )
+    _untie_where_an_adapter_is(adapted)
     try:
         merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     except torch.OutOfMemoryError:
@@ -67,6 +71,20 @@ def merge_adapter(adapted: nn.Module) -> nn.Module:
             do="serve the adapter unmerged",
         ) from None
     return merged
+
+
+def _untie_where_an_adapter_is(adapted: Any) -> None:
+    """Give the head a matrix of its own where it shares one with an embedding and either has an adapter: what is added
+    to one end of the tie would else be added to the other too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = adapted.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    plain: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    if None in plain or plain[0].weight is not plain[1].weight or plain == ends:
+        return
+    plain[1].weight = nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = False
 
 
 def refuse_taken(output: Path) -> None:
@@ -137,13 +155,15 @@ def compare(adapter_NV: Tensor, base_NV: Tensor, merged_NV: Tensor) -> MergeChec
     )
 
 
-def refuse_a_lost_tune(check: MergeCheck) -> None:
-    """Raise ModelError when the merged model is not the tuned one."""
-    kept = check.difference <= max(ROUNDING, MOST_OF_THE_TUNE * check.effect)  # False when either is NaN
+def refuse_a_lost_tune(check: MergeCheck, rounded: bool) -> None:
+    """Raise ModelError when the merged model is not the tuned one. `rounded`: its weights are of a 16-bit type."""
+    share = MOST_OF_THE_TUNE if rounded else MOST_IN_FLOAT32
+    kept = check.difference <= max(ROUNDING, share * check.effect)  # False when either is NaN
     if not kept:
         raise ModelError(
             given=f"the merged model's logits are {check.difference:.2%} away from the adapter's, whose whole effect "
             f"is {check.effect:.2%}",
-            allowed=f"a merge that keeps the tune (difference below {MOST_OF_THE_TUNE:.0%} of the effect)",
-            do="serve the adapter unmerged: rounding to the base's stored type would swallow it",
+            allowed=f"a merge that keeps the tune (difference below {share:.0%} of the effect)",
+            do="serve the adapter unmerged"
+            + (": rounding to the base's stored type would swallow it" if rounded else ""),
         )

@@ -3,7 +3,8 @@ names.
 
 Each linear that has an adapter becomes W + scale B A, added in float32 and rounded once to the stored type. W is the
 value that was trained against: the stored one in the base's type, and of a 4-bit base quantised as loading does and
-de-quantised. Where that covers the adapter, the files hold what merging the whole model would have written.
+de-quantised. Where that covers the adapter, the files hold what merging the whole model would have written; on a GPU,
+whose products of B and A may be rounded otherwise, to the last place.
 
 Shape legend: O rows of a matrix, I columns.
 """
@@ -20,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from thriftune.errors import ModelError
+from thriftune.methods.full import STORED_DTYPES
 from thriftune.methods.lora import REPLACES_BASE
 from thriftune.model_files import tensor_shapes, weight_files
 from thriftune.models.outline import Weights
 from thriftune.models.surgery import as_in_four_bits
 from thriftune.recipe import QuantRecipe
 
-STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+STORED = {dtype: name for name, dtype in STORED_DTYPES.items()}
+ROWS_COUNTED = 4096  # at once, of a matrix: what is counted needs no second one of its size
 LEAST_KEPT = 0.5  # of the update, along itself; less than this and rounding has swallowed it
 
 
@@ -42,9 +45,10 @@ class Kept:
 
     def add(self, added_OI: Tensor, wanted_OI: Tensor) -> None:
         self.tensors += 1
-        self.added_by_wanted += float((added_OI * wanted_OI).sum(dtype=torch.float64))
-        self.wanted_squared += float((wanted_OI * wanted_OI).sum(dtype=torch.float64))
-        self.missed_squared += float((added_OI - wanted_OI).square().sum(dtype=torch.float64))
+        for added, wanted in zip(added_OI.split(ROWS_COUNTED), wanted_OI.split(ROWS_COUNTED), strict=True):
+            self.added_by_wanted += float((added * wanted).sum(dtype=torch.float64))
+            self.wanted_squared += float((wanted * wanted).sum(dtype=torch.float64))
+            self.missed_squared += float((added - wanted).square().sum(dtype=torch.float64))
 
     @property
     def share(self) -> float:
@@ -85,10 +89,9 @@ class FileMerge:
         """Raises ModelError where a merged weight is not finite."""
         from safetensors import safe_open
 
-        total = 0
         for path, names in self.sources.items():
             with safe_open(path, framework="pt") as file, (folder / path.name).open("wb") as written:
-                total += written.write(header_of({name: self.shapes[name] for name in names}, self.dtype))
+                written.write(header_of({name: self.shapes[name] for name in names}, self.dtype))
                 for name in names:
                     tensor = self.merged(name, file.get_tensor(name)).cpu().contiguous()
                     written.write(tensor.flatten().view(torch.uint8).numpy().data)
@@ -97,22 +100,23 @@ class FileMerge:
 
     @torch.no_grad()
     def merged(self, name: str, stored: Tensor) -> Tensor:
-        value = stored.to(self.device, self.base_dtype)
+        """The tensor of that name as it is written; on the device only where there is something to compute."""
+        value = stored.to(self.base_dtype)
         if name in self.quantised:
             assert self.quant is not None
-            value = as_in_four_bits(value, self.quant, self.device)
+            value = as_in_four_bits(value.to(self.device), self.quant, self.device)
         if name not in self.updates:
             return value.to(self.dtype)
+        value = value.to(self.device)
         wanted_OI = self.updates[name].get_delta_weight("default").float()
-        whole_OI = value.float() + wanted_OI
-        result_OI = whole_OI.to(self.dtype)
+        result_OI = (value.float() + wanted_OI).to(self.dtype)
         if not bool(torch.isfinite(result_OI).all()):
             raise ModelError(
                 given=f"the adapter cannot be merged: {name} would have values that are not finite",
                 allowed="an adapter of finite weights that adds to its base's weights",
                 do="serve the adapter unmerged",
             )
-        self.kept.add(result_OI.float() - value.float(), wanted_OI)
+        self.kept.add(result_OI.to(torch.float32, copy=True).sub_(value), wanted_OI)
         return result_OI
 
     def _write_index(self, folder: Path) -> None:

@@ -216,7 +216,7 @@ def _from_pretrained(
             network, loading_info = AutoModelForCausalLM.from_pretrained(description.folder, **arguments)
     except torch.OutOfMemoryError as error:
         raise _does_not_fit(model, description, device, error) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, MemoryError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise _does_not_fit(model, description, device, error) from None
         raise ModelError(

@@ -57,7 +57,9 @@ def generation_config_of(network: Any, folder: Path) -> Any:
         return network.generation_config
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except OSError:  # no JSON: so `from_pretrained` does too
+        return network.generation_config
+    except (ValueError, TypeError) as error:
         raise ModelError(
             given=f"{folder / 'generation_config.json'} cannot be used: {str(error).strip().splitlines()[0][:300]}",
             allowed="a generation_config.json as transformers writes it",

@@ -33,7 +33,10 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Everything the loop is handed. `identity` is what a resumed run must share with its checkpoint."""
+    """Everything the loop is handed. `identity` is what a resumed run must share with its checkpoint. `draws`, below
+    2**32, is added to the seed of what its steps draw (dropout): the sites of a federation have one each, so that their
+    noise averages out.
+    """
 
     model: nn.Module
     method: Method
@@ -49,6 +52,7 @@ class TrainJob:
     identity: dict[str, Any]
     resume_command: str
     path: StepPath | None = None  # None: autograd through the model
+    draws: int = 0
 
     @functools.cached_property
     def trainable(self) -> list[nn.Parameter]:

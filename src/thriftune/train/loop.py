@@ -69,7 +69,7 @@ def train_step(
 
     # -- gradient of the mean loss: summed losses / targets, cut into parts as memory allows ---------------------
     def attempt() -> Tensor:
-        torch.manual_seed((job.recipe.seed * 1_000_003 + step * 1_009 + processes.rank) % 2**63)
+        torch.manual_seed((job.recipe.seed * 1_000_003 + step * 1_009 + processes.rank + job.draws) % 2**63)
         return path.add_gradients(mine, targets)
 
     def clean() -> None:
