@@ -57,7 +57,7 @@ class RecipeError(InputError):
         listed = "".join(f"\n    - {problem}" for problem in self.problems)
         super().__init__(
             given=f"{source} has {count} problem{'s' if count != 1 else ''}:{listed}",
-            allowed="the keys and values listed by `thriftune train --help` and docs/recipe.md",
+            allowed="the keys and values that docs/recipe.md lists",
             do="correct each line above and run again",
         )
 

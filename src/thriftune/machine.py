@@ -39,14 +39,15 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the run ran on, for its record."""
+def hardware(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What the run ran on, for its record. `processes` train together, on a GPU each where there are GPUs."""
     found: dict[str, Any] = {
         "device": str(device),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "torch_threads": torch.get_num_threads(),
+        "processes": processes,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -204,7 +204,7 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
             reserved_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             offload=offload_record(job.path, output / "metrics.jsonl"),
             recipe=recipe,
-            hardware=hardware(device),
+            hardware=hardware(device, processes.world),
             versions=versions(),
             command=command,
             started=started,

@@ -68,3 +68,12 @@ def format_share(part: float, whole: float) -> str:
     """A share in percent with two significant digits, never '0 %' for something that is there."""
     percent = 100 * part / whole if whole else 0.0
     return f"{percent:.2g} %" if 0 < percent < 10 else f"{percent:.1f} %"
+
+
+def format_dollars(amount: float) -> str:
+    """Two digits that mean something: $0.0031, $0.42, $13.20, $640."""
+    if amount >= 100:
+        return f"${amount:,.0f}"
+    if 0 < amount < 0.0001:
+        return "<$0.0001"
+    return f"${amount:.2f}" if amount >= 0.095 or not amount else f"${amount:.2g}"

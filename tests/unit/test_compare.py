@@ -343,6 +343,7 @@ def test_a_budget_is_kept_by_the_clock_where_no_times_are_planned(run, here):
         (["learning_rat=1"], "did you mean learning_rate"),
         (["max_length=64", "max_length=128"], "cannot stand in one table"),
         (["--budget-usd", "1"], "--gpu"),
+        (["--budget-hours", "nan"], "--budget-hours nan"),
         (["--gpu", "h2000", "--budget-usd", "1"], "h2000"),
         (["--data", "rows.jsonl"], "--task"),
         (["--data", "rows.jsonl", "--task", "exact:complition"], "did you mean completion"),

@@ -20,14 +20,14 @@ from thriftune.plan.command import settled, train_command
 from thriftune.plan.cost import ELECTRICITY, POWER_SHARE, Market, cheapest, price_notes, run_dollars
 from thriftune.plan.plan import METHODS, Question, make_plan, plan_method
 from thriftune.plan.search import Case, Device, allowed_settings, candidates, choose, longest_that_fits, smallest_gpu
-from thriftune.plan.show import dollars, gpu_table, plan_text, three_lines
+from thriftune.plan.show import gpu_table, plan_text, three_lines
 from thriftune.plan.values import PARTS
 from thriftune.plan.work import Rows, assumed_rows
 from thriftune.planning import list_gpus, read_market
 from thriftune.recipe import Recipe, read_recipe
 from thriftune.records import PlannedMethod
 from thriftune.shapes import from_config
-from thriftune.units import GIB, format_seconds
+from thriftune.units import GIB, format_dollars, format_seconds
 
 GPUS = built_in_gpus()
 TODAY = date(2026, 11, 24)
@@ -342,7 +342,7 @@ def test_speed_takes_the_faster_and_says_when_recomputation_is_why():
 
 def test_cost_takes_the_cheaper():
     chosen, reasons = advise.recommend([LORA, QLORA], "cost")
-    assert chosen is LORA and "$1 at x on-demand" in reasons[0]
+    assert chosen is LORA and "$1.00 at x on-demand" in reasons[0]
     assert advise.recommend([planned("lora", 20, cost_usd={}), QLORA], "cost")[0].method == "lora"
 
 
@@ -508,7 +508,7 @@ def test_every_method_that_fits_is_priced_at_every_place_and_what_does_not_at_no
         "electricity at home", "at 2.0 on-demand", "at 9.0 spot",
     ]  # fmt: skip
     lora = next(plan for plan in found.methods if plan.method == "lora")
-    assert table[2].split()[3] == dollars(lora.cost_usd["at 2.0 on-demand"])
+    assert table[2].split()[3] == format_dollars(lora.cost_usd["at 2.0 on-demand"])
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-405b", "mixtral-8x22b", "llama-3-8b", "llama-3.1-70b", "qwen2-0.5b"])
@@ -542,7 +542,7 @@ def test_three_lines_before_a_run():
     ("amount", "text"), [(0, "$0.00"), (0.00312, "$0.0031"), (0.00003, "<$0.0001"), (0.42, "$0.42"), (640.4, "$640")]
 )
 def test_dollars_have_two_digits_that_mean_something(amount, text):
-    assert dollars(amount) == text
+    assert format_dollars(amount) == text
 
 
 def test_the_list_of_gpus_has_them_all():

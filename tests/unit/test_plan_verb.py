@@ -45,7 +45,7 @@ def test_json_has_the_fields_of_the_issue(run):
     content = run("plan", "llama-3-8b", "--gpu", "rtx-4090", "--gpu", "2xh200", "--json").ok().json
     assert [(found["gpu"], found["gpus"]) for found in content["gpus"]] == [("rtx-4090", 1), ("h200", 2)]
     for found in content["gpus"]:
-        beside = ["lora-fp8", "dynamic", *(["qlora-offload"] if found["gpus"] == 1 else [])]
+        beside = ["lora-fp8", *(["dynamic", "qlora-offload"] if found["gpus"] == 1 else [])]
         assert [method["method"] for method in found["methods"]] == ["full", "lora", "qlora", *beside]
         assert [method["beside"] for method in found["methods"]] == [False] * 3 + [True] * len(beside)
         assert {"method", "reasons", "command"} == set(found["recommended"])
@@ -118,6 +118,25 @@ def test_the_command_it_prints_is_one_that_train_takes(run, base):
     assert "max_steps: 2" in run(*words[1:], "--dry-run").ok().out
 
 
+def test_what_training_would_refuse_is_not_planned_as_fitting(run):
+    asked = run("plan", "llama-3-8b", "--gpu", "2xh200", "--method", "dynamic", "--json").ok().json["gpus"][0]
+    assert not asked["methods"][0]["fits"] and asked["recommended"]["command"] is None
+    assert asked["methods"][0]["notes"] == ["is refused on several GPUs: it runs in one process"]
+    for words in (["--gpu", "2xh200"], ["--gpu", "h200", "lora.use_dora=true"]):
+        usual = run("plan", "llama-3-8b", *words, "--json").ok().json["gpus"][0]
+        assert "dynamic" not in [method["method"] for method in usual["methods"]]
+
+
+def test_rows_that_max_samples_leaves_are_those_that_are_planned(run):
+    planned = run("plan", "llama-3-8b", "--gpu", "h200", "max_samples=100", "--json").ok().json
+    assert planned["tokens"] == 100 * 1024
+
+
+def test_large_sums_have_no_exponents(run):
+    shown = run("plan", "llama-3-8b", "--gpu", "h200", "num_train_epochs=5000", "--prefer", "cost").ok().out
+    assert "$" in shown and "e+" not in shown
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -142,6 +161,9 @@ def test_the_list_of_gpus(run):
     assert "rtx-4090" in run("gpus").ok().out
     rows = run("gpus", "--json").ok().json["gpus"]
     assert {"gpu", "memory_bytes", "usd_per_hour", "provider", "price_date"} <= set(rows[0]) and len(rows) > 30
+    priced = {row["gpu"]: row for row in rows if row["usd_per_hour"] is not None}
+    assert all(row["min_gpus"] >= 1 for row in priced.values())
+    assert priced["h200"]["min_gpus"] == 1 and "spot" not in priced["h200"]["provider"]
 
 
 SCRIPT = (

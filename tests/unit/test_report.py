@@ -239,6 +239,27 @@ def test_ordinary_runs_become_cells_named_by_what_sets_them_apart(tmp_path: Path
     assert value(report, "result_bytes", "lora lora.r=8").mean == 1000
 
 
+def test_a_federation_is_no_run_and_is_told_apart_from_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps({"federation": "x", "transport": "simulated", "rounds": []}))
+    with pytest.raises(InputError, match="is a federation, whose rows lie at its sites"):
+        read_cells([tmp_path])
+
+
+def test_rent_and_energy_count_every_gpu_that_trained_together(tmp_path: Path) -> None:
+    alone = report_of(tmp_path / "alone", [Made("lora", 1)])
+    write_cells(tmp_path / "four", [Made("lora", 1)])
+    for path in (tmp_path / "four").rglob("record.json"):
+        content = json.loads(path.read_text())
+        content["hardware"]["processes"] = 4
+        path.write_text(json.dumps(content))
+    four = build_report(read_cells([tmp_path / "four"]), title="t", market=MARKET, search=None, notes=[])
+    for key in ("rent_measured", "energy"):
+        assert value(four, key, "lora").mean == pytest.approx(4 * value(alone, key, "lora").mean)
+    with pytest.raises(InputError, match="rows an optimizer step"):
+        read = read_cells([tmp_path / "alone", tmp_path / "four"])
+        build_report(read, title="t", market=MARKET, search=None, notes=[])
+
+
 def test_a_run_without_an_evaluation_says_how_to_make_one(tmp_path: Path) -> None:
     write_cell(tmp_path / "run", Made("lora", 1))
     (tmp_path / "run" / "cell.json").unlink()
@@ -410,6 +431,15 @@ def test_smoothing_keeps_places_and_a_straight_line() -> None:
 def test_the_front_has_no_method_that_another_makes_needless(tmp_path: Path) -> None:
     report = report_of(tmp_path, usual(rows=1000))
     spots = _spots(report, {row.key: row for row in report.table}, "peak_measured")
+    assert front_of(report, spots) == {"lora", "qlora"}
+
+
+def test_equal_points_of_a_metric_where_less_is_better_do_not_put_each_other_off_the_front(tmp_path: Path) -> None:
+    cells = [Made(method, 1, None, perplexity=9.0, peak_mib=500, task="perplexity") for method in ("lora", "qlora")]
+    report = report_of(tmp_path, cells)
+    assert not report.higher_is_better
+    made = _spots(report, {row.key: row for row in report.table}, "peak_measured")
+    spots = [replace(spot, y=9.0) for spot in made]
     assert front_of(report, spots) == {"lora", "qlora"}
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_report import MARKET, report_of
+from test_report import MARKET, report_of, value
 
 from cell_folders import Made, usual, write_cells
 from thriftune.records import ReportRecord
@@ -103,7 +103,7 @@ def test_nothing_beats_the_base(tmp_path: Path, tuned: float, words: str) -> Non
         ([Made("lora", 1, 0.91)], "Take LoRA: the only method that was trained and scored (91.0 %)."),
         (
             [Made("full", 1, None, status="out_of_memory"), Made("lora", 1, None, status="refused")],
-            "No verdict: full ran out of memory; LoRA does not fit by the plan.",
+            "No verdict: full ran out of memory; LoRA would not fit by the plan.",
         ),
     ],
     ids=["base", "one", "none"],
@@ -130,6 +130,27 @@ def test_without_answers_only_intervals_that_do_not_overlap_decide(tmp_path: Pat
     report = build_report(read_cells([tmp_path]), title="t", market=MARKET, search=None, notes=[])
     assert report.chosen == chosen
     assert "not tested against" in report.verdict
+
+
+def test_without_answers_rows_and_seeds_still_count_each_for_itself(tmp_path: Path) -> None:
+    """Two seeds that hardly differ are no reason to doubt what 200 rows show."""
+    cells = [Made("base", accuracy=0.43), Made("qlora", 1, 0.84), Made("qlora", 2, 0.85)]
+    write_cells(tmp_path, cells)
+    with_answers = report_of(tmp_path, cells)
+    for answers in tmp_path.rglob("eval-imdb.jsonl"):
+        answers.unlink()
+    report = build_report(read_cells([tmp_path]), title="t", market=MARKET, search=None, notes=[])
+    assert report.chosen == with_answers.chosen == "qlora"
+    without, known = value(report, "score", "qlora"), value(with_answers, "score", "qlora")
+    assert without.high - without.low < 1.5 * (known.high - known.low)
+
+
+def test_without_answers_an_overlap_is_no_finding_of_no_difference(tmp_path: Path) -> None:
+    write_cells(tmp_path, [Made("base", accuracy=0.88), Made("lora", 1, 0.90)])
+    for answers in tmp_path.rglob("eval-imdb.jsonl"):
+        answers.unlink()
+    report = build_report(read_cells([tmp_path]), title="t", market=MARKET, search=None, notes=[])
+    assert report.verdict.startswith("Keep the base, or test further: no method's interval lies clear of its own")
 
 
 def test_a_method_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -232,11 +232,22 @@ def test_an_unknown_family_is_estimated_as_the_usual_decoder() -> None:
     assert "mixture-of-experts" in experts.notes[0]
 
 
-@pytest.mark.parametrize("key", ["ssm_state_size", "hybrid_override_pattern", "linear_attn_config"])
+UNCOUNTED = {
+    **dict.fromkeys(("ssm_state_size", "hybrid_override_pattern", "linear_attn_config", "linear_num_key_heads"), 16),
+    "layer_types": ["conv", "full_attention"],
+}
+
+
+@pytest.mark.parametrize("key", UNCOUNTED)
 def test_layers_of_a_kind_that_is_not_counted_are_refused_and_not_guessed(key: str) -> None:
     with pytest.raises(ModelError, match=f"{key}: layers of a kind"):
-        from_config({**LLAMA, "model_type": "unheard-of", key: 16}, "small")
-    assert not from_config({**LLAMA, key: 16}, "small").estimated
+        from_config({**LLAMA, "model_type": "unheard-of", key: UNCOUNTED[key]}, "small")
+    assert not from_config({**LLAMA, key: UNCOUNTED[key]}, "small").estimated
+
+
+def test_kinds_of_attention_that_a_decoder_lists_are_no_reason_to_refuse_it() -> None:
+    listed = ["sliding_attention", "full_attention"]
+    assert from_config({**LLAMA, "model_type": "unheard-of", "layer_types": listed}, "small").estimated
 
 
 def test_quantised_storage_is_noted() -> None:

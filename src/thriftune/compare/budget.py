@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -70,7 +71,11 @@ def find_rent(name: str | None, market: Market) -> Rent | None:
 
 
 def limit_s(usd: float | None, hours: float | None, rent: Rent | None) -> float | None:
-    """Seconds that both budgets leave; None without a budget. Raises InputError for dollars without a price."""
+    """Seconds that both budgets leave; None without a budget. Raises InputError for dollars without a price, and for
+    what is no number."""
+    for name, given in (("--budget-usd", usd), ("--budget-hours", hours)):
+        if given is not None and not math.isfinite(given):
+            raise InputError(given=f"{name} {given:g}", allowed="a number, 0 or more", do="leave it out for no limit")
     limits = [] if hours is None else [hours * 3600]
     if usd is not None:
         if rent is None:

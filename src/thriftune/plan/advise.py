@@ -9,7 +9,7 @@ from thriftune.catalog.rows import Gpu
 from thriftune.plan.cost import cheapest
 from thriftune.records import PlannedMethod
 from thriftune.shapes import ModelShape
-from thriftune.units import format_bytes, format_count, format_seconds
+from thriftune.units import format_bytes, format_count, format_dollars, format_seconds
 
 Prefer = Literal["balanced", "speed", "memory", "quality", "cost"]
 PREFERENCES: tuple[Prefer, ...] = ("balanced", "speed", "memory", "quality", "cost")
@@ -122,8 +122,8 @@ def cheaper_adapter(lora: PlannedMethod, qlora: PlannedMethod) -> tuple[PlannedM
     if rent is None or other_rent is None:
         return cheap, [f"{cheap.method}: the shorter run of the two, and so the cheaper one"]
     return cheap, [
-        f"{cheap.method}: ${rent[1]:.2g} at {rent[0]}, {other.method} ${other_rent[1]:.2g}; compare with smaller GPUs, "
-        "which may be cheaper still (--gpu can be repeated)"
+        f"{cheap.method}: {format_dollars(rent[1])} at {rent[0]}, {other.method} {format_dollars(other_rent[1])}; "
+        "compare with smaller GPUs, which may be cheaper still (--gpu can be repeated)"
     ]
 
 
@@ -212,7 +212,7 @@ def more_gpus_note(several: Mapping[int, PlannedMethod]) -> str | None:
     """What data parallel over more of the same GPU would do to the run, by how many there are (Li et al. 2020): sooner
     done, at about the price of one, as long as the exchange of gradients is short beside a step."""
     told = [
-        f"{count} take {format_seconds(plan.run_s)}" + (f" and ${rent[1]:.2g}" if rent else "")
+        f"{count} take {format_seconds(plan.run_s)}" + (f" and {format_dollars(rent[1])}" if rent else "")
         for count, plan in several.items()
         if plan.fits and plan.step_s
         for rent in (cheapest(plan.cost_usd),)

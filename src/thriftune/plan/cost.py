@@ -36,6 +36,11 @@ class Market:
         offers = [price for price in self.prices_of(gpu) if price.kind == "on-demand"]
         return min(offers, key=lambda price: price.usd_per_hour * price.min_gpus, default=None)
 
+    def least_offer(self, gpu: Gpu) -> Price | None:
+        """What one would take: on demand where there is such an offer, else the one whose smallest unit costs least."""
+        smallest = min(self.prices_of(gpu), key=lambda price: price.usd_per_hour * price.min_gpus, default=None)
+        return self.usual_offer(gpu) or smallest
+
 
 def run_dollars(
     gpu: Gpu, count: int, run_s: float, prices: Sequence[Price], electricity: ElectricityPrice

@@ -33,9 +33,9 @@ from thriftune.plan.search import (
 )
 from thriftune.plan.time import efficiency_of
 from thriftune.plan.values import FP8_LORA, OFFLOADED, Work
-from thriftune.recipe import cut_schedule
+from thriftune.recipe import contradictions_of_dynamic, cut_schedule
 from thriftune.records import GpuPlan, Plan, PlannedMethod, Recommendation
-from thriftune.units import format_bytes
+from thriftune.units import format_bytes, format_dollars
 
 METHODS = ("full", "lora", "qlora")  # that are planned when none is named
 KNOWN_METHODS = (*METHODS, "dynamic")
@@ -137,7 +137,8 @@ def _beside(
     eight = replace(case, recipe=case.recipe.model_copy(update={"precision": "fp8"}))
     if eight.engine_reason("lora", device) is None:
         found.append(plan_method(eight, "lora", device, market).model_copy(update={"method": FP8_LORA}))
-    found.append(plan_method(case, "dynamic", device, market))
+    if _refusal(case, "dynamic", device, None) is None:
+        found.append(plan_method(case, "dynamic", device, market))
     if case.engine_reason("qlora", device) is None and "layers_streamed" not in planned["qlora"].settings:
         away = replace(case, recipe=case.recipe.model_copy(update={"offload": {"resident_layers": 0}}))
         if may_stream(away.recipe, "qlora", device):
@@ -178,17 +179,17 @@ def plan_method(
     adapter = case.adapter(method)
     reason = case.engine_reason(method, device)
     chosen = choose(candidates(case, method, device), device.usable_bytes)
-    refused = case.recipe.precision == "fp8" and method != "full" and reason is not None
-    fits = not refused and chosen.memory.peak_bytes <= device.usable_bytes
+    refusal = _refusal(case, method, device, reason)
+    fits = refusal is None and chosen.memory.peak_bytes <= device.usable_bytes
     time, work = chosen.time, chosen.work
     step_s = time.step_s if time else 0.0
-    if refused:
-        notes = [f"is refused with precision=fp8, which only the engine has: {reason}"]
+    if refusal is not None:
+        notes = [refusal]
     elif fits:
         notes = _settings_notes(case, method, chosen, reason)
     else:
         notes = _what_would_fit(case, method, device, chosen, market)
-    if method == "dynamic":
+    if method == "dynamic" and refusal is None:
         notes = [*notes, _cuts_note(case, work.steps)]
     if stopwatch is not None and fits and chosen.streamed is not None:
         notes = [*notes, "was not measured: a few layers do not tell how transfers of all of them hide"]
@@ -222,6 +223,18 @@ def plan_method(
         least_bytes=chosen.least_bytes,
         notes=notes,
     )
+
+
+def _refusal(case: Case, method: str, device: Device, no_engine: str | None) -> str | None:
+    """Why training would refuse this, however much memory there is; None where it would not."""
+    if case.recipe.precision == "fp8" and method != "full" and no_engine is not None:
+        return f"is refused with precision=fp8, which only the engine has: {no_engine}"
+    if method != "dynamic":
+        return None
+    if device.count > 1:
+        return "is refused on several GPUs: it runs in one process"
+    problems = contradictions_of_dynamic(case.recipe)
+    return f"is refused: {problems[0]}" if problems else None
 
 
 def _settings_notes(case: Case, method: str, chosen: Candidate, no_engine: str | None) -> list[str]:
@@ -286,5 +299,8 @@ def _what_would_fit(case: Case, method: str, device: Device, smallest: Candidate
 
 
 def _price_of(gpu: Gpu, market: Market) -> str:
-    offers = market.prices_of(gpu)
-    return f", from ${offers[0].usd_per_hour:.2f} an hour" if offers else ""
+    offer = market.least_offer(gpu)
+    if offer is None:
+        return ""
+    several = f" for {offer.min_gpus}" if offer.min_gpus > 1 else ""
+    return f", from {format_dollars(offer.usd_per_hour * offer.min_gpus)} an hour{several}"

@@ -11,7 +11,7 @@ from thriftune.catalog.rows import STALE_AFTER_DAYS
 from thriftune.plan.cost import ELECTRICITY, cheapest
 from thriftune.plan.values import PARTS
 from thriftune.records import GpuPlan, Plan, PlannedMethod
-from thriftune.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
+from thriftune.units import GIB, MIB, format_bytes, format_count, format_dollars, format_seconds, format_share
 
 WIDTH = 100
 OLD_PRICES = f"old: seen more than {STALE_AFTER_DAYS} days ago; prices of your own go into ~/.config/thriftune/*.yaml"
@@ -110,16 +110,7 @@ def _has_time(plan: PlannedMethod) -> bool:
 
 def _cheapest_words(plan: PlannedMethod) -> str:
     found = cheapest(plan.cost_usd)
-    return dollars(found[1]) if found and _has_time(plan) else "-"
-
-
-def dollars(amount: float) -> str:
-    """Two digits that mean something: $0.0031, $0.42, $13.20, $640."""
-    if amount >= 100:
-        return f"${amount:,.0f}"
-    if 0 < amount < 0.0001:
-        return "<$0.0001"
-    return f"${amount:.2f}" if amount >= 0.095 or not amount else f"${amount:.2g}"
+    return format_dollars(found[1]) if found and _has_time(plan) else "-"
 
 
 def _part_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
@@ -154,7 +145,7 @@ def _electricity(plan: PlannedMethod) -> tuple[str, float] | None:
 
 
 def _money(plan: PlannedMethod, found: tuple[str, float] | None, epochs: float) -> str:
-    return dollars(found[1] / epochs) if found and _has_time(plan) else "-"
+    return format_dollars(found[1] / epochs) if found and _has_time(plan) else "-"
 
 
 def _cost_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
@@ -164,7 +155,7 @@ def _cost_rows(methods: Sequence[PlannedMethod]) -> list[list[str]]:
         return []
     places = sorted(able[0].cost_usd, key=lambda place: able[0].cost_usd[place])
     head = ["the run costs", *(plan.method for plan in able)]
-    return [head, *([place, *(dollars(plan.cost_usd[place]) for plan in able)] for place in places)]
+    return [head, *([place, *(format_dollars(plan.cost_usd[place]) for plan in able)] for place in places)]
 
 
 def _indented(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -211,7 +202,7 @@ def three_lines(found: GpuPlan, plan: PlannedMethod) -> list[str]:
     )
     time = "plan: time is not estimated for CPUs"
     if plan.step_s:
-        costs = "; ".join(f"{dollars(amount)} {place}" for place, amount in _two_costs(plan))
+        costs = "; ".join(f"{format_dollars(amount)} {place}" for place, amount in _two_costs(plan))
         time = f"plan: {format_seconds(plan.step_s)} a step, {format_seconds(plan.run_s)} in all; {costs}"
     chosen = found.recommended.method == plan.method and len(found.methods) > 1
     reason = found.recommended.reasons[0] if chosen else f"{plan.method}: asked for"
@@ -239,6 +230,11 @@ def _two_costs(plan: PlannedMethod) -> list[tuple[str, float]]:
     return list(dict(found for found in (cheapest(plan.cost_usd), _electricity(plan)) if found).items())
 
 
+def several(min_gpus: int) -> str:
+    """That an offer is of so many GPUs at least; nothing for one."""
+    return f" ({min_gpus} at least)" if min_gpus > 1 else ""
+
+
 def gpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The GPUs of the catalogue, one a line: `thriftune gpus`."""
     cells = [["gpu", "memory", "GB/s", "W", "$ an hour", "at", "seen"]]
@@ -251,7 +247,7 @@ def gpu_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['bandwidth_bytes_per_s'] / 1e9:,.0f}",
                 f"{row['power_w']:.0f}",
                 f"{price:.2f}" if price is not None else "-",
-                row["provider"] or "-",
+                "-" if price is None else row["provider"] + several(row["min_gpus"]),
                 f"{row['price_date'] or '-'}{' old' if row['price_is_old'] else ''}",
             ]
         )

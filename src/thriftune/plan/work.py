@@ -27,7 +27,7 @@ class Rows:
 
 def assumed_rows(recipe: Recipe, count: int = 1000) -> Rows:
     """Without data: every row as long as the recipe allows, every token trained. The most that a run can ask for."""
-    length = recipe.data.max_length
+    length, count = recipe.data.max_length, min(count, recipe.data.max_samples or count)
     return Rows((length,), (length - 1,), count, f"no data named: {count:,} rows of {length:,} tokens assumed")
 
 

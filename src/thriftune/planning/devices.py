@@ -138,11 +138,12 @@ def unknown_gpu(name: str, total_bytes: int, free_bytes: int, count: int) -> Dev
 
 
 def list_gpus() -> list[dict[str, Any]]:
-    """Every GPU that a plan can be made for, in the catalogue's order, with its cheapest price an hour."""
+    """Every GPU that a plan can be made for, in the catalogue's order, with a price of one an hour: on demand where it
+    is rented so, of the offer whose smallest unit (`min_gpus` of them) costs least."""
     market = read_market()
     found = []
     for gpu in market.gpus:
-        offers = market.prices_of(gpu)
+        offer = market.least_offer(gpu)
         row = {
             "gpu": gpu.key,
             "name": gpu.name,
@@ -150,10 +151,11 @@ def list_gpus() -> list[dict[str, Any]]:
             "usable_bytes": gpu.usable_bytes,
             "bandwidth_bytes_per_s": gpu.bandwidth_bytes_per_s,
             "power_w": gpu.power_w,
-            "usd_per_hour": offers[0].usd_per_hour if offers else None,
-            "provider": place_of(offers[0]) if offers else None,
-            "price_date": offers[0].date.isoformat() if offers else None,
-            "price_is_old": bool(offers) and offers[0].is_stale(market.today),
+            "usd_per_hour": offer.usd_per_hour if offer else None,
+            "min_gpus": offer.min_gpus if offer else None,
+            "provider": place_of(offer) if offer else None,
+            "price_date": offer.date.isoformat() if offer else None,
+            "price_is_old": offer is not None and offer.is_stale(market.today),
         }
         found.append(row)
     return found

@@ -99,6 +99,11 @@ def _read_cell(folder: Path, texts: dict[str, str]) -> Cell:
     return Cell(folder, record, run, _steps(folder), _answers(folder, record.result, texts))
 
 
+def processes_of(run: RunRecord) -> int:
+    """How many trained together, with a GPU each where there are GPUs; records of before this was noted say one."""
+    return int(run.hardware.get("processes", 1))
+
+
 def _read_ordinary(place: Path, texts: dict[str, str]) -> Cell:
     """A run's folder, or the evaluation of a base model, as a cell."""
     if place.is_file():
@@ -108,6 +113,7 @@ def _read_ordinary(place: Path, texts: dict[str, str]) -> Cell:
             raise InputError(given=given, allowed=ALLOWED, do="name the run's folder instead")
         record = CellRecord(status="done", method=BASE, variant=BASE, result=of_base)
         return Cell(place, record, None, [], _answers(place.parent, of_base, texts))
+    _refuse_a_federation(place / "record.json")
     run = read_record(place / "record.json", RunRecord)
     # Of one task the last counts, which is eval-TASK.json and not eval-TASK-100.json, where only 100 rows were asked.
     results = {found.task: found for found in map(_result, sorted(place.glob("eval-*.json")))}
@@ -134,6 +140,20 @@ def _read_ordinary(place: Path, texts: dict[str, str]) -> Cell:
         result_bytes=_size(place / ("model" if run.method == "full" else "adapter")),
     )
     return Cell(place, record, run, _steps(place), _answers(place, result, texts))
+
+
+def _refuse_a_federation(path: Path) -> None:
+    """Raise InputError for the record of one, which is no run's."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # reading it as a run's says what is wrong
+    if isinstance(content, dict) and "federation" in content:
+        raise InputError(
+            given=f"{path.parent} is a federation, whose rows lie at its sites",
+            allowed=ALLOWED,
+            do="look at its record.json, and score its adapter with `thriftune eval`",
+        )
 
 
 def _result(path: Path) -> EvalResult:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.errors import InputError
-from thriftune.report.cells import Cell, flat_options
+from thriftune.report.cells import Cell, flat_options, processes_of
 
 SHOWN_CELLS = 3
 MACHINE = ("gpu", "gpu_memory_bytes", "cpu_count", "torch_threads")
@@ -84,7 +84,8 @@ def _of_run(value_of: Callable[[Any], Hashable]) -> Callable[[Cell], Hashable]:
 def _machine(run: Any) -> str:
     found = {name: run.hardware[name] for name in MACHINE if run.hardware.get(name) is not None}
     if "gpu" in found:  # its host's processors matter little
-        return f"{found['gpu']}, {found.get('gpu_memory_bytes', 0):,} bytes"
+        count = f"{processes_of(run)} x " if processes_of(run) > 1 else ""
+        return f"{count}{found['gpu']}, {found.get('gpu_memory_bytes', 0):,} bytes"
     kind = str(run.hardware.get("device", "unknown")).split(":")[0]
     return f"{kind} with {found.get('cpu_count', '?')} processors, {found.get('torch_threads', '?')} threads"
 
@@ -122,7 +123,11 @@ _OF_RUNS: dict[str, Callable[[Cell], Hashable]] = {
     "training rows used": _of_run(lambda run: run.data.rows_used if run.data else None),
     "tokens a row may have (data.max_length)": _of_run(lambda run: run.recipe.data.max_length),
     "rows an optimizer step": _of_run(
-        lambda run: run.recipe.train.per_device_train_batch_size * run.recipe.train.gradient_accumulation_steps
+        lambda run: (
+            run.recipe.train.per_device_train_batch_size
+            * run.recipe.train.gradient_accumulation_steps
+            * processes_of(run)
+        )
     ),
     "optimizer steps": _of_run(lambda run: run.steps),
     "machine (times and memory would be compared)": _of_run(_machine),

@@ -11,6 +11,7 @@ from thriftune.report.text import (
     about,
     heading,
     labels,
+    machine_in_words,
     metric_as_shown,
     missing_lines,
     pair_words,
@@ -54,7 +55,7 @@ def plain(text: str) -> str:
 
 
 def made_on(report: ReportRecord) -> list[str]:
-    machine = [f"{name}: {value}" for name, value in report.hardware.items()]
+    machine = [f"{name}: {value}" for name, value in machine_in_words(report).items()]
     return machine + [f"{name} {' and '.join(versions)}" for name, versions in report.versions.items()]
 
 

@@ -9,13 +9,12 @@ from thriftune.catalog.gpus import find_gpu
 from thriftune.catalog.rows import Price
 from thriftune.errors import InputError
 from thriftune.plan.cost import Market, place_of, seen_words
-from thriftune.plan.show import dollars
 from thriftune.records import PlannedMethod, ReportRow, ReportValue
-from thriftune.report.cells import BASE, Cell
+from thriftune.report.cells import BASE, Cell, processes_of
 from thriftune.report.statistics import mean, spread
 from thriftune.report.variants import Metric, Scored, Variant, seed_of, share_a_device
 from thriftune.report.wording import DASH, STATUS_WORDS, metric_name, range_text, score_text, spread_text
-from thriftune.units import format_bytes, format_count, format_seconds, format_share
+from thriftune.units import format_bytes, format_count, format_dollars, format_seconds, format_share
 
 PARAMETERS, TIME, SCORE, RESULT = "Parameters and memory", "Time and money", "Score", "The result in use"
 UNTRAINED = "the base is not trained"
@@ -35,10 +34,10 @@ class Rent:
     why: str
     note: str = ""
 
-    def of(self, duration_s: float) -> float | None:
+    def of(self, duration_s: float, gpus: int = 1) -> float | None:
         if self.price is None:
             return None
-        return self.price.usd_per_hour * self.price.min_gpus * duration_s / 3600
+        return self.price.usd_per_hour * max(self.price.min_gpus, gpus) * duration_s / 3600
 
 
 @dataclass(frozen=True)
@@ -186,13 +185,13 @@ def _time_lines(on_cpu: bool, rent: Rent) -> list[_Line]:
         ),
         _Line("train", TIME, "The whole training", "s", _run(lambda run: run.train_s or None), format_seconds, NO_RUN),
         _Line(
-            *("rent_planned", TIME, "Rent of the training, planned", "USD", planned_rent, dollars),
+            *("rent_planned", TIME, "Rent of the training, planned", "USD", planned_rent, format_dollars),
             *(rent.why or no_time, rent.note),
             planned=True,
         ),
         _Line(
             *("rent_measured", TIME, "Rent of the training, as timed", "USD"),
-            *(_run(lambda run: rent.of(run.train_s)), dollars, rent.why or NO_RUN, rent.note),
+            *(_run(lambda run: rent.of(run.train_s, processes_of(run))), format_dollars, rent.why or NO_RUN, rent.note),
         ),
         _Line(
             *("tokens_per_s", TIME, "Tokens a second", "tokens/s", _run(lambda run: run.tokens_per_s or None)),
@@ -200,8 +199,8 @@ def _time_lines(on_cpu: bool, rent: Rent) -> list[_Line]:
         ),
     ]
     why = "a CPU has no energy counter" if on_cpu else "no energy counter was read"
-    energy = _run(lambda run: None if run.energy_j is None else run.energy_j / 3600)
-    lines.append(_Line("energy", TIME, "Energy of the training", "Wh", energy, energy_text, why, "of the GPU alone"))
+    energy = _run(lambda run: None if run.energy_j is None else processes_of(run) * run.energy_j / 3600)
+    lines.append(_Line("energy", TIME, "Energy of the training", "Wh", energy, energy_text, why, "of the GPUs alone"))
     return lines
 
 

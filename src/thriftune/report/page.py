@@ -15,7 +15,7 @@ from thriftune.report.bars import GROUPS, agreement_figure, difference_marks, me
 from thriftune.report.plots import Figure, cost_figures, looks, loss_figure
 from thriftune.report.ranks import rank_figures
 from thriftune.report.search import search_table
-from thriftune.report.text import about, heading, in_short, labels, metric_as_shown, undone_lines
+from thriftune.report.text import about, heading, in_short, labels, machine_in_words, metric_as_shown, undone_lines
 from thriftune.report.wording import STATUS_WORDS, cell_words, difference_range, difference_text, p_text
 from thriftune.units import format_bytes
 
@@ -50,7 +50,7 @@ def report_page(report: ReportRecord) -> str:
         undone=undone_lines(report),
         search=search_table(report.search),
         cell_scores=[cell_words(cell.value, cell.low, cell.high, metric_as_shown(report)) for cell in report.cells],
-        hardware=_hardware(report),
+        hardware=machine_in_words(report),
         status_words=STATUS_WORDS,
     )
 
@@ -96,14 +96,6 @@ def _machine(report: ReportRecord) -> str:
     if found:
         return f"Trained on a CPU with {found.get('cpu_count', '?')} processors"
     return ""
-
-
-def _hardware(report: ReportRecord) -> dict[str, str]:
-    """What the records say of the machine, sizes in words."""
-    return {
-        name.removesuffix("_bytes").replace("_", " "): format_bytes(value) if name.endswith("_bytes") else str(value)
-        for name, value in report.hardware.items()
-    }
 
 
 def _reasons(report: ReportRecord) -> dict[str, str]:

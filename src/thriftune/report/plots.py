@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from thriftune.plan.show import dollars
 from thriftune.records import ReportCell, ReportRecord, ReportRow
 from thriftune.report.cells import BASE
 from thriftune.report.svg import (
@@ -25,7 +24,7 @@ from thriftune.report.svg import (
 )
 from thriftune.report.text import metric_as_shown
 from thriftune.report.wording import metric_name, score_text
-from thriftune.units import GIB, MIB, format_count, format_seconds
+from thriftune.units import GIB, MIB, format_count, format_dollars, format_seconds
 
 LOG_FROM = 12.0  # losses this many times apart are drawn on a logarithmic axis
 HEIGHT = 300.0
@@ -184,7 +183,7 @@ def cost_figures(report: ReportRecord, looks_of: dict[str, Look]) -> list[Figure
     paid = any(value.mean for value in rows["rent_measured"].values)
     if not report.share_a_device:
         key, what, tick, name = (
-            ("rent_measured", "dollars", dollars, "rent of the training")
+            ("rent_measured", "dollars", format_dollars, "rent of the training")
             if paid
             else ("train", "training time", format_seconds, "training time")
         )
@@ -270,7 +269,7 @@ def front_of(report: ReportRecord, spots: Sequence[_Spot]) -> set[str]:
 
     def needless(spot: _Spot, other: _Spot) -> bool:
         differs = frozenset((spot.name, other.name)) in shown
-        better = (other.y > spot.y) == report.higher_is_better
+        better = other.y > spot.y if report.higher_is_better else other.y < spot.y
         if better and other.x <= spot.x:
             return True
         if differs:

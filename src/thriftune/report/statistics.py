@@ -105,14 +105,16 @@ def over_rows_and_seeds(
     count = len(rows)
     if continuity:
         squares, count, whole = squares + 2, count + 2, whole + 2
-    of_rows = count / (count - 1) * squares / whole**2
+    return of_both(middle, count / (count - 1) * squares / whole**2, count, by_seed)
+
+
+def of_both(middle: float, of_rows: float, rows: int, by_seed: Sequence[float]) -> Estimate:
+    """The mean `middle` with an error that counts the variance `of_rows`, estimated from so many `rows`, and that of
+    the seeds' means. Degrees of freedom as above."""
     of_seeds = (spread(by_seed) or 0.0) ** 2 / len(by_seed) if by_seed else 0.0
-    both = of_rows + of_seeds
-    freedom = float(count - 1)
-    if both > 0:
-        parts = of_rows**2 / (count - 1) + (of_seeds**2 / (len(by_seed) - 1) if of_seeds else 0.0)
-        freedom = both**2 / parts if parts > 0 else freedom
-    return Estimate(middle, math.sqrt(both), freedom)
+    both, freedom = of_rows + of_seeds, float(max(1, rows - 1))
+    parts = of_rows**2 / freedom + (of_seeds**2 / (len(by_seed) - 1) if of_seeds else 0.0)
+    return Estimate(middle, math.sqrt(both), both**2 / parts if parts > 0 else freedom)
 
 
 def share_interval(estimate: Estimate, rows: int) -> tuple[float, float]:

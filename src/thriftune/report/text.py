@@ -54,6 +54,14 @@ def labels(report: ReportRecord) -> dict[str, str]:
     return {variant.name: variant.label for variant in report.variants}
 
 
+def machine_in_words(report: ReportRecord) -> dict[str, str]:
+    """What the records say of the machine, sizes in words."""
+    return {
+        name.removesuffix("_bytes").replace("_", " "): format_bytes(value) if name.endswith("_bytes") else str(value)
+        for name, value in report.hardware.items()
+    }
+
+
 def heading(variant: ReportVariant) -> str:
     """'3 seeds' under a variant's label; what came of it where no seed is done."""
     count = len(variant.seeds)

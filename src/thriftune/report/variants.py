@@ -11,7 +11,7 @@ from functools import cached_property
 from thriftune.plan.show import ARTICLE_NAMES
 from thriftune.records import EvalResult
 from thriftune.report.cells import BASE, Cell
-from thriftune.report.statistics import Estimate, mean, over_rows_and_seeds, share_interval, spread
+from thriftune.report.statistics import mean, of_both, over_rows_and_seeds, share_interval, spread
 
 ORDER = ("full", "lora", "qlora", "dynamic")
 LOWER_IS_BETTER = ("perplexity", "loss", "bits_per_byte", "bits per byte", "error", "wer", "cer", "brier")
@@ -162,11 +162,8 @@ def score(variant: Variant, metric: Metric, rows: dict[str, dict[int, tuple[floa
             for result in results.values()
             if result.low > 0 or not metric.logarithmic
         ]
-        of_seeds = (spread(inner) or 0.0) / math.sqrt(len(inner))
         count = min(result.rows for result in results.values())
-        estimate = Estimate(
-            mean(inner), math.hypot(mean(errors) if errors else 0.0, of_seeds), float(max(1, len(inner) - 1))
-        )
+        estimate = of_both(mean(inner), mean(errors) ** 2 if errors else 0.0, count, inner)
     low, high = share_interval(estimate, count) if metric.as_percent else estimate.interval()
     middle = mean(list(by_seed.values())) if not metric.logarithmic else metric.outer(mean(inner))
     return Scored(middle, spread(list(by_seed.values())), metric.outer(low), metric.outer(high), by_seed)

@@ -164,6 +164,8 @@ def _keep_base(facts: Facts, base: Variant, best: Variant) -> str:
     numbers = f"{facts.text(best)} with {best.label}, {facts.text(base)} without training"
     if facts.apart(best, base):
         return f"Keep the base: training made it worse ({numbers})"
+    if facts.differ(best, base) is None:
+        return f"Keep the base, or test further: no method's interval lies clear of its own (the best has {numbers})"
     return f"Keep the base: no difference from it shown for any method (the best has {numbers})"
 
 

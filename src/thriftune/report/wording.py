@@ -10,7 +10,7 @@ DASH = "-"
 STATUS_WORDS = {
     "done": "done",
     "out_of_memory": "ran out of memory",
-    "refused": "does not fit by the plan",
+    "refused": "would not fit by the plan",
     "failed": "failed",
     "skipped": "was left out",
 }

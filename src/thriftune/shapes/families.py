@@ -7,7 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from thriftune.errors import ModelError
-from thriftune.shapes.blocks import Part, assemble, attention_part, experts_part, gated_mlp, read_experts, read_heads
+from thriftune.shapes.blocks import (
+    KINDS,
+    Part,
+    assemble,
+    attention_part,
+    experts_part,
+    gated_mlp,
+    read_experts,
+    read_heads,
+)
 from thriftune.shapes.delta import qwen3_5, qwen3_5_moe
 from thriftune.shapes.dense import DENSE
 from thriftune.shapes.experts import gpt_oss, llama4, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -37,7 +46,10 @@ FAMILIES: dict[str, Callable[[Fields], ModelShape]] = {
     "gemma4_text": gemma4,
 }
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-UNCOUNTED_KEYS = ("hybrid_override_pattern", "linear_attn_config", "mamba_d_state", "mamba_num_heads", "ssm_state_size")
+UNCOUNTED_KEYS = (
+    *("hybrid_override_pattern", "linear_attn_config", "linear_num_key_heads", "mamba_d_state", "mamba_num_heads"),
+    "ssm_state_size",
+)
 OTHER_SENSES = ("vision_config", "audio_config", "vision_tower")
 
 
@@ -129,12 +141,16 @@ def _names_experts(fields: Fields) -> bool:
 
 
 def _estimate(fields: Fields) -> ModelShape:
-    """A decoder as most are: grouped-query attention, gated MLP or experts in every layer, two norms. One with layers
-    of another kind would be miscounted several times over, and is refused."""
+    """A decoder as most are: grouped-query attention, gated MLP or experts in every layer, two norms. One whose config
+    names layers of another kind would be miscounted, several times over, and is refused."""
     other_kinds = [key for key in UNCOUNTED_KEYS if fields.has(key)]
+    listed = fields.values.get("layer_types")
+    if isinstance(listed, list) and any(KINDS.get(str(kind), "linear") == "linear" for kind in listed):
+        other_kinds.append("layer_types")
     if other_kinds:
         fields.conflicts.append(
-            f"{', '.join(other_kinds)}: layers of a kind (state-space, linear attention) that no formula here counts"
+            f"{', '.join(other_kinds)}: layers of a kind (state-space, linear attention, convolution) that no formula "
+            "here counts"
         )
     sizes = read_heads(fields)
     bias = fields.flag("attention_bias")
