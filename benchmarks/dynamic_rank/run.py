@@ -34,7 +34,7 @@ from thriftune.report.statistics import over_rows_and_seeds
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rates import Search, search_of
 
-from seats import seat
+from seats import THREADS, seat
 
 TRAINED = ("lora", "lora-half", "dynamic", "adalora", "random")
 ARMS = (*TRAINED, "shrunk")
@@ -63,8 +63,7 @@ class Pool:
         gpu = min(range(max(1, self.gpus)), key=busy.count)
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "2" if self.gpus else "1",
-            "TOKENIZERS_PARALLELISM": "false",
+            **THREADS,
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": seat(gpu, self.gpus) if self.gpus else "",
         }

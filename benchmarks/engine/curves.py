@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 from thriftune.report.statistics import t_quantile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from seats import seat
+from seats import start_shell, stop
 
 WORDS = [
     *("max_length=512", "cut_prompt=start", "num_train_epochs=1", "per_device_train_batch_size=32"),
@@ -84,8 +83,7 @@ def main() -> None:
                     print("failed:", *cell, "see", folder_of(*cell, arguments.output).with_suffix(".log"), flush=True)
                 else:
                     keep(*cell, arguments)
-    for process in running.values():
-        process.terminate()
+    stop(running.values())
     print(table(arguments.results))
 
 
@@ -111,11 +109,7 @@ def start(variant: str, seed: int, place: int, arguments: argparse.Namespace) ->
     train = f"{program} train {arguments.model} --data imdb --output {folder} {' '.join(words)}"
     limit = 16 if arguments.few else 5000
     score = f"{program} eval {folder} --task imdb --data {arguments.data} --limit {limit} --json > {folder}.score.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if arguments.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = seat(place, arguments.gpus)
-    with folder.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(["bash", "-c", f"{train} && {score}"], stdout=log, stderr=log, env=environment)
+    return start_shell(f"{train} && {score}", folder.with_suffix(".log"), place, arguments.gpus)
 
 
 def keep(variant: str, seed: int, arguments: argparse.Namespace) -> None:

@@ -92,8 +92,7 @@ def until(ends: float, command: list[str]) -> int:
     """Run the comparison; at `ends` (of the monotonic clock) it is asked to save and stop. Its exit code."""
     if time.monotonic() >= ends:
         return 130
-    # Rows are tokenised on several threads, which the command itself leaves off.
-    threads = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "8", **os.environ}
+    threads = {"RAYON_NUM_THREADS": "8", **os.environ}  # of the tokenizer in each cell
     process = subprocess.Popen(command, stdout=sys.stderr, env=threads)
     try:
         return process.wait(ends - time.monotonic())

@@ -16,11 +16,13 @@ VERSIONED = ("thriftune", "torch", "transformers", "peft", "accelerate", "bitsan
 
 
 def quiet_libraries() -> None:
-    """No telemetry, no progress bars of libraries; the user's own settings win."""
+    """No telemetry, no progress bars of libraries; the user's own settings win. The tokenizer may use several threads:
+    said so, it neither stops using them nor warns when a library starts a process, and no process of ours that is
+    forked has used it before."""
     for name, value in (
         ("HF_HUB_DISABLE_TELEMETRY", "1"),
         ("DO_NOT_TRACK", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TOKENIZERS_PARALLELISM", "true"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
     ):
         os.environ.setdefault(name, value)

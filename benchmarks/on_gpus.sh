@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The records that need GPUs, made or gone on with: how a machine of four 80 GB cards is kept busy for half an hour.
+#
+#   benchmarks/on_gpus.sh STAGE SHARED OUT
+#
+# STAGE   beside     three GPUs compare methods on the 16 M reader; the fourth runs tests/gpu, then cuts at an 8B's
+#                    shapes, then streamed layers (10 minutes)
+#         federated  eight sites beside training in one place, fifteen cells at once (8 minutes)
+#         rank       a rank that falls beside what keeps it (9 minutes)
+#         curves     loss curves of the engine's precisions beside autograd's (9 minutes)
+#         plan       one GPU and nothing beside it: the planner's points and edges (9 minutes)
+# SHARED  a folder with models/reader-16m, data/imdb, data/gsm8k and bench/gsm8k_lengths.txt
+# OUT     gets runs/ and results/, which starts as benchmarks/results is: what is done there is not done again. Copy it
+#         back when the machine goes.
+#
+# MINUTES, a whole number, ends a stage earlier or later, PYTHON is the interpreter, and DRY=1 only prints the commands.
+set -euo pipefail
+[ $# -eq 3 ] || { sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' >&2; exit 2; }
+stage=$1 shared=$(cd "$2" && pwd) out=$3
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python} minutes=${MINUTES:-9}
+model=$shared/models/reader-16m lengths=$shared/bench/gsm8k_lengths.txt runs=$out/runs results=$out/results
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+
+mkdir -p "$runs" "$results"
+cp -rn "$here/results/." "$results/"
+
+run() {
+    echo "+ $*"
+    [ -n "${DRY:-}" ] || "$@" || echo "exit $?: $*"
+}
+
+one_card() {
+    cd "$here/.."
+    run "$python" -m pytest -q -rfE tests/gpu
+    run "$python" "$here/dynamic_rank/sizes_8b.py" --results "$results/dynamic-rank"
+    run "$python" "$here/streaming/run.py" --results "$results/streaming" --lengths "$lengths" \
+        --stages equality,70B-caps --deadline-s 240
+}
+
+case $stage in
+beside)
+    (CUDA_VISIBLE_DEVICES=3 one_card) >"$out/one_card.log" 2>&1 &
+    CUDA_VISIBLE_DEVICES=0,1,2 run "$python" "$here/imdb_reader/run.py" --model "$model" --imdb "$shared/data/imdb" \
+        --gsm8k "$shared/data/gsm8k" --output "$runs/reader" --results "$results/reader" --at-once 3 \
+        --tries-at-once 9 --minutes "$minutes"
+    wait
+    cat "$out/one_card.log"
+    ;;
+federated)
+    run "$python" "$here/federated/run.py" --model "$model" --data "$shared/data/imdb" --output "$runs/federated" \
+        --results "$results/federated-imdb" --gpus 4 --at-once 15 --minutes "$minutes"
+    ;;
+rank)
+    run "$python" "$here/dynamic_rank/run.py" --model "$model" --data "$shared/data" --output "$runs/dynamic-rank" \
+        --results "$results/dynamic-rank" --gpus 4 --at-once 24 --minutes "$minutes"
+    ;;
+curves)
+    run "$python" "$here/engine/curves.py" --model "$model" --data "$shared/data/imdb" --output "$runs/curves" \
+        --results "$results/engine-curves" --gpus 4 --at-once 20 --seeds 6 --minutes "$minutes"
+    ;;
+plan)
+    points=$results/plan-quiet
+    run "$python" "$here/plan_points/run_engine.py" --results "$points/engine-points.jsonl" --lengths "$lengths" \
+        --by-layers --groups 0,2,1,3,4 --deadline-s "$((minutes * 40))"
+    run "$python" "$here/plan_points/edges.py" --results "$points/engine-edges.jsonl" --engine \
+        --deadline-s "$((minutes * 18))"
+    ;;
+*)
+    echo "there is no stage $stage" >&2
+    exit 2
+    ;;
+esac
