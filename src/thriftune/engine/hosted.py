@@ -161,6 +161,7 @@ def stream_layers(layers: Sequence[Holder], hosted: Hosted, resident: Sequence[i
     """The same of layers that need no scales of their own."""
     others = [index for index in range(len(layers)) if index not in set(resident)]
     layouts, lane = hosted.slabs.layouts, lane_to(hosted.device)
+    on_device = hosted.put_on_device(resident)  # first: it gives back its host memory, which `split` then counts
     in_memory, on_disk = hosted.split(others)
     disk = hosted.reader(on_disk, lane)
     streamed = hosted.take(in_memory)
@@ -168,7 +169,7 @@ def stream_layers(layers: Sequence[Holder], hosted: Hosted, resident: Sequence[i
         layers=layers,
         layouts=layouts,
         tables=hosted.slabs.tables(hosted.device),
-        resident=hosted.put_on_device(resident),
+        resident=on_device,
         streamed=streamed,
         slots=new_slots(slots, [layouts[index] for index in others], hosted.device) if others else [],
         lane=lane,
