@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from streamed_models import CPU, Pair, make_pair
 from thriftune.engine import host_memory, hosted, shelf
@@ -14,6 +15,8 @@ from thriftune.engine.host_memory import LEFT_FOR_THE_SYSTEM
 from thriftune.engine.hosted import Hosted, stream_layers
 from thriftune.engine.program import Program
 from thriftune.engine.read import read_program
+from thriftune.engine.shelf import HostShelf
+from thriftune.errors import DoesNotFitError
 
 LAYERS = 10
 
@@ -76,3 +79,27 @@ def test_layers_that_stay_are_read_before_the_others_fill_the_hosts_memory(
     assert host.mapped == holder.bytes <= slabs * size
     for index, slab in [*streaming.resident.items(), *streaming.streamed.items()]:
         assert slab.equal(pair.slabs.kept[index]), index
+
+
+# ---------------------------------------------------------------- what is given back
+
+
+def test_a_larger_shelf_is_asked_for_when_nothing_of_the_smaller_one_is_mapped(monkeypatch) -> None:
+    row = 3 * 7 * 4  # bytes of a token: three layers, seven wide, in float32
+    host = Host(9 * row)
+    host.watch(monkeypatch)
+    found = HostShelf.of(3, 5, 7, torch.float32, CPU)
+    found.begin([5])
+    assert host.mapped == 5 * row
+    found.begin([4, 5])
+    assert host.mapped == 9 * row and found.rows_LPD.shape == (3, 9, 7)
+    with pytest.raises(DoesNotFitError, match="the inputs of 3 layers for 10 tokens a step need 840 B"):
+        found.begin([10])
+
+
+def test_a_shelf_that_is_closed_has_nothing_mapped(monkeypatch) -> None:
+    host = Host(10**6)
+    host.watch(monkeypatch)
+    found = HostShelf.of(3, 5, 7, torch.float32, CPU)
+    found.close()
+    assert host.mapped == 0 and found.rows_LPD.dtype == torch.float32

@@ -115,7 +115,7 @@ class StreamedPath:
         self.streaming.streamed.clear()
         self.hosted.close()
         if isinstance(self.shelf, HostShelf):
-            self.shelf.block.release()
+            self.shelf.close()
 
     def _parts(self, examples: Sequence[Example]) -> list[PackedBatch]:
         self.program.copy_masters()
