@@ -81,6 +81,9 @@ class DiskReader:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._free.clear()
+        self._ready.clear()
+        self._lent.clear()
 
     def _run(self) -> None:
         while True:

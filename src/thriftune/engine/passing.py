@@ -46,6 +46,7 @@ class Passing:
     was followed by another one."""
 
     streaming: Streaming
+    hosted: Hosted
     layers: list[Linears]
     buffers: dict[tuple[int, int, int], nn.Parameter]
     row_bytes: int
@@ -77,6 +78,11 @@ class Passing:
         for linear, nothing in zip(self.layers[index].parts, self._without.pop(index, []), strict=False):
             linear.weight = nothing
 
+    def close(self) -> None:
+        """Let go of the host's pinned memory, which what follows in this process may need; nothing runs after it."""
+        self.streaming.streamed.clear()  # views of the blocks that follow
+        self.hosted.close()
+
 
 @dataclass(frozen=True, slots=True)
 class Shares:
@@ -101,7 +107,8 @@ class Wanted:
 
 
 def pass_over(base: Any, slabs: Slabs, device: torch.device, wanted: Wanted, say: Say) -> Passing:
-    """Have `base`, a transformers model whose layers' linears have no weights, compute with those of `slabs`.
+    """Have `base`, a transformers model whose layers' linears have no weights, compute with those of `slabs`, until
+    what is returned is closed.
 
     Raises DoesNotFitError when host memory does not hold what is streamed, ModelError when a slab's matrices are not
     those of the model.
@@ -119,8 +126,9 @@ def pass_over(base: Any, slabs: Slabs, device: torch.device, wanted: Wanted, say
                     buffers[key] = nn.Parameter(like.new_empty(key[1:]), requires_grad=False)
     slab = max(layout.bytes for layout in layouts)
     shares = share_out(free_bytes(device), slab, len(layers), wanted.resident, wanted.one_row)
-    streaming = stream_layers(layers, Hosted(slabs, device, say), spread(shares.resident, len(layers)), SLOTS)
-    passing = Passing(streaming, layers, buffers, wanted.row_bytes, shares.rows_have)
+    hosted = Hosted(slabs, device, say)
+    streaming = stream_layers(layers, hosted, spread(shares.resident, len(layers)), SLOTS)
+    passing = Passing(streaming, hosted, layers, buffers, wanted.row_bytes, shares.rows_have)
     base.model.register_forward_pre_hook(_calling(passing.begin))
     for index, module in enumerate(modules):
         module.register_forward_pre_hook(_calling(partial(passing.bring, index)))

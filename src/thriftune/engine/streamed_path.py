@@ -110,9 +110,7 @@ class StreamedPath:
 
     def close(self) -> None:
         """Let go of the host's pinned memory, which another program of this process may need; nothing runs after it."""
-        if self.streaming.disk is not None:
-            self.streaming.disk.close()
-        self.streaming.streamed.clear()
+        self.streaming.streamed.clear()  # views of the blocks that follow
         self.hosted.close()
         if isinstance(self.shelf, HostShelf):
             self.shelf.close()
