@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from thriftune.engine.attention import ReferenceAttention
 from thriftune.engine.disk import DiskReader
 from thriftune.engine.host_memory import PinnedBlock
 from thriftune.engine.lanes import HostLane
+from thriftune.engine.offload import Offload
 from thriftune.engine.packing import cut_by_tokens, pack
 from thriftune.engine.residency import Streaming, sends, spread
 from thriftune.engine.shelf import DeviceShelf, HostShelf, Shelf
 from thriftune.engine.sizes import Keep
-from thriftune.errors import ModelError
+from thriftune.engine.streamed_path import StreamedPath
+from thriftune.errors import DoesNotFitError, ModelError
 from thriftune.recipe import QuantRecipe
 
 LENGTHS = (9, 2, 17, 5, 30, 1, 3)
@@ -456,6 +459,23 @@ def test_resident_layers_can_be_given_up(pair) -> None:
     assert streaming.give_up(2, lambda index: pair.slabs.kept[index].clone()) == 2
     assert len(streaming.resident) == 2 and len(streaming.streamed) == 4
     assert_equal(run(pair, program, streaming, 30, DeviceShelf()), by_resident(pair, 30))
+
+
+def test_layers_given_up_in_evaluation_are_missing_in_training_and_parts_stay(pair) -> None:
+    program, streaming = pair.streamed((0, 2, 4))
+    slabs = hosted.Hosted(pair.slabs, CPU, print)
+    chosen = Offload(resident=3, layers=6, inputs_on_host=False, most_tokens=64)
+    path = StreamedPath(program, streaming, slabs, DeviceShelf(), CPU, ReferenceAttention(), chosen, longest=30)
+    measuring = path.in_evaluation()
+    for left in (2, 1, 0):
+        assert "1 layers more are streamed" in measuring.step_down("full")
+        assert path.offload == measuring.offload == replace(chosen, resident=left)
+    assert "parts of 64 -> 32 tokens" in measuring.step_down("full")
+    assert (path.offload.most_tokens, measuring.offload.most_tokens) == (64, 32)
+    assert "parts of 64 -> 32 tokens" in path.step_down("full")
+    path.step_down("full")
+    with pytest.raises(DoesNotFitError, match="0 of 6 layers stay on the GPU, 6 are streamed"):
+        path.step_down("full")
 
 
 def test_resident_layers_lie_between_the_streamed_ones() -> None:
