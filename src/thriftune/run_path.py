@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,14 @@ def offload_record(path: Any, metrics: Path) -> OffloadRecord | None:
     )
 
 
-def let_go(path: Any) -> None:
-    """To be called when a run is over: what it pinned of the host's memory is free for what comes after it."""
-    if isinstance(path, StreamedPath):
-        path.close()
+@contextmanager
+def let_go_after(path: Any) -> Iterator[None]:
+    """Around a run, however it ends: what it pinned of the host's memory is free for what comes after it."""
+    try:
+        yield
+    finally:
+        if isinstance(path, StreamedPath):
+            path.close()
 
 
 def _not_taken(reason: str) -> ModelError:
