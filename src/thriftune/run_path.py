@@ -57,7 +57,8 @@ def load_base(
 ) -> Base:
     """The model, or, where its layers are streamed, its shell and the store, which is made when it is not there.
 
-    Raises InputError where streaming cannot be, besides what loading raises.
+    Raises InputError where streaming cannot be, DoesNotFitError where the device holds too little even for it, besides
+    what loading raises.
     """
     if not streams:
         quant = recipe.quant if four_bit else None
@@ -77,8 +78,13 @@ def load_base(
     if reason is not None:  # what only the loaded model can tell is asked by `with_path`
         raise _not_taken(reason)
     store = Store.of(description.folder, description.num_layers, recipe.quant, dtype, device)
-    store.make(say)
-    return Base(load_shell(recipe.model, device=device, dtype=dtype, quant=recipe.quant), store)
+    with fits_or_ends(
+        "the head, the norms and a matrix that is quantised, which lie on the device where layers are streamed",
+        allowed="a device, and a max_memory, that hold these",
+        do="close other programs on this device, raise max_memory, or take a smaller model",
+    ):
+        store.make(say)
+        return Base(load_shell(recipe.model, device=device, dtype=dtype, quant=recipe.quant), store)
 
 
 def hold_memory(device: torch.device, recipe: Recipe, beside_bytes: int) -> None:

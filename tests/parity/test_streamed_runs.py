@@ -224,6 +224,19 @@ def test_what_cannot_be_made_smaller_ends_honestly(model, rows, tmp_path, monkey
         train_tiny(recipe_of(model, rows, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("place", ["load_shell", "Store.make"])
+def test_what_does_not_fit_before_the_first_step_ends_honestly(model, rows, tmp_path, monkeypatch, place) -> None:
+    """A model that did not fit was loaded with streamed layers, and what is left of it did not fit either."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(f"thriftune.run_path.{place}", full)
+    with pytest.raises(DoesNotFitError, match=r"no memory is left for the head, .*: CUDA out of memory") as caught:
+        train_tiny(recipe_of(model, rows, tmp_path / "run"))
+    assert "max_memory" in caught.value.do and not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- refusals
 
 
