@@ -176,6 +176,8 @@ def test_each_token_sends_each_streamed_layer_once_and_the_next_ones_first_layer
     for _ in range(3):
         probe_logits(found.model, [[5, 6, 7]])
     assert [number_of[source] for source in lane.sent] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    of_a_pass = sum(slab.numel() for slab in streaming.streamed.values())
+    assert lane.times().bytes == of_a_pass, "a CUDA event for every copy of every token would be a leak"
 
 
 def test_linears_are_without_weights_but_while_their_layer_runs(folders, tmp_path) -> None:

@@ -476,6 +476,9 @@ def test_layers_given_up_in_evaluation_are_missing_in_training_and_parts_stay(pa
     path.step_down("full")
     with pytest.raises(DoesNotFitError, match="0 of 6 layers stay on the GPU, 6 are streamed"):
         path.step_down("full")
+    for asked in (path.parameters_changed, path.copies_bytes):  # of method dynamic, which streams nothing
+        with pytest.raises(NotImplementedError):
+            asked()
 
 
 def test_resident_layers_lie_between_the_streamed_ones() -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from thriftune.engine.hosted import Hosted, Say, Slabs, refuse_another_size, stream_layers
-from thriftune.engine.lanes import LinkTimes
 from thriftune.engine.offload import SLOTS, SPARE_BYTES, SPARE_SHARE
 from thriftune.engine.residency import Streaming, spread
 from thriftune.engine.room import free_bytes
@@ -42,8 +41,7 @@ class Linears:
 
 @dataclass
 class Passing:
-    """`row_bytes` is what one token of one row takes beside the weights; `spent` the link's times of the last pass that
-    was followed by another one."""
+    """`row_bytes` is what one token of one row takes beside the weights."""
 
     streaming: Streaming
     hosted: Hosted
@@ -51,7 +49,6 @@ class Passing:
     buffers: dict[tuple[int, int, int], nn.Parameter]
     row_bytes: int
     rows_have: int | None
-    spent: LinkTimes = field(default_factory=lambda: LinkTimes(0.0, 0.0, 0))
     _without: dict[int, list[nn.Parameter]] = field(default_factory=dict)
 
     def rows_at_once(self, tokens: int) -> int | None:
@@ -59,7 +56,7 @@ class Passing:
         return None if self.rows_have is None else max(1, self.rows_have // (self.row_bytes * tokens))
 
     def begin(self) -> None:
-        self.spent = self.streaming.lane.times()
+        self.streaming.lane.times()  # which forgets the last pass's: nobody else asks for them
         self.streaming.begin([*range(len(self.layers)), *range(len(self.layers))])
 
     def bring(self, index: int) -> None:

@@ -98,8 +98,8 @@ class StreamedPath:
         raise NotImplementedError("streamed layers keep the adapters that they were read with")
 
     def copies_bytes(self) -> int:
-        """None: layers take their copies in turn, in the buffers that they share."""
-        return 0
+        """Only method dynamic asks, around a change of the parameters."""
+        raise NotImplementedError("streamed layers keep the adapters that they were read with")
 
     def measured(self) -> dict[str, float]:
         if self._untold:
