@@ -9,6 +9,9 @@ READY := .venv/.installed
 # Tests never reach for the network, and one thread makes their numbers the same everywhere.
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) $(BIN)/python -m pytest
+# Processes that share the tests: one a core, at most four; one where there is a GPU, whose memory they would share.
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $$(n=$$(nproc || echo 1); \
+	[ $$n -gt 4 ] && n=4; echo $$n))
 
 .PHONY: help setup demo test check format bench
 
@@ -36,7 +39,7 @@ demo: setup
 	$(BIN)/thriftune demo
 
 test: setup check
-	$(PYTEST)
+	$(PYTEST) -n $(WORKERS) --dist worksteal
 
 check: setup
 	$(BIN)/ruff check

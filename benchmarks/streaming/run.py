@@ -216,7 +216,7 @@ def measure(model: RandomModel, case: Case, card: Card, attention: Attention, le
     }
     shelf = getattr(path, "shelf", None)
     if isinstance(shelf, HostShelf):
-        shelf.block.release()
+        shelf.close()
     return row
 
 

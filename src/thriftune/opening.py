@@ -34,8 +34,8 @@ def open_for_use(target: Target, recipe: Recipe, device: torch.device, *, alone:
     """Open a target whole where that fits, else with its layers streamed; `say` is told then.
 
     `recipe` is the target's with what the command line changed. `alone`: one row at a time will be answered, so as many
-    layers stay as fit beside it; else half of what is free is for rows. Raises what loading raises, and DoesNotFitError
-    where host memory holds too little to stream from.
+    layers stay as fit beside it; else half of what is free is for rows. What is opened is to be closed. Raises what
+    loading raises, and DoesNotFitError where host memory holds too little to stream from.
     """
     hold_memory(device, recipe, 0)
     if not target.four_bit:
@@ -65,7 +65,7 @@ def open_for_use(target: Target, recipe: Recipe, device: torch.device, *, alone:
     resident, layers = len(passing.streaming.resident), description.num_layers
     say(f"offload: {resident} of {layers} layers stay on the device, {layers - resident} are streamed at each token")
     stops = stop_token_ids(loaded.tokenizer, base.generation_config)
-    return OpenedTarget(target, model.eval(), loaded.tokenizer, loaded, stops, passing.rows_at_once)
+    return OpenedTarget(target, model.eval(), loaded.tokenizer, loaded, stops, passing.rows_at_once, passing.close)
 
 
 def _streams(target: Target, recipe: Recipe, description: ModelDescription, device: torch.device) -> bool:

@@ -31,7 +31,7 @@ from thriftune.plan.work import Rows
 from thriftune.planning import RunPlan, cpu_device, own_gpu, plan_run, refuse_other_plans, refuse_too_long, unknown_gpu
 from thriftune.recipe import Recipe, dump_yaml
 from thriftune.records import RunRecord, write_record, write_text_atomically
-from thriftune.run_path import hold_memory, let_go, load_base, offload_record, paged_bytes, with_path
+from thriftune.run_path import hold_memory, let_go_after, load_base, offload_record, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob, TrainOutcome, train
 from thriftune.train.checkpoint import is_disk_full, last_good, newest_checkpoint
 from thriftune.train.distributed import Processes
@@ -213,26 +213,25 @@ def _run(prepared: Prepared, observers: Sequence[Observer], command: str, resume
     trainable = trainable_parameters(model)
     if prepared.planned.note:
         watching.events.append(prepared.planned.note)
-    try:
-        with _stop_signals() as stop, job.product_types():
-            outcome = train(job, watching, stop)
-    except ThriftuneError as error:
-        watching.events.append(error.given)
-        # Refused before the first step (another run's checkpoint, an optimizer for GPUs): the folder stays as it was.
-        if processes.is_main and watching.started:
-            status = "interrupted" if isinstance(error, StoppedBySignal) else "failed"
-            with suppress(ThriftuneError):  # a full disk refuses this too, and the first error tells more
-                _leave_behind(output, record(status, None, None))
-        let_go(job.path)
-        raise
-    result = output / method.result_folder
-    if processes.is_main:
-        export_result(method, job.model, loaded, recipe, result)
-    processes.barrier()
-    finished = record("done", outcome, result)
-    let_go(job.path)
-    if processes.is_main:
-        _leave_behind(output, finished)
+    with let_go_after(job.path):  # the record is written first: to let go may fail, and wait for a disk
+        try:
+            with _stop_signals() as stop, job.product_types():
+                outcome = train(job, watching, stop)
+        except ThriftuneError as error:
+            watching.events.append(error.given)
+            # Refused before the first step (another run's checkpoint, an optimizer for GPUs): the folder is as it was.
+            if processes.is_main and watching.started:
+                status = "interrupted" if isinstance(error, StoppedBySignal) else "failed"
+                with suppress(ThriftuneError):  # a full disk refuses this too, and the first error tells more
+                    _leave_behind(output, record(status, None, None))
+            raise
+        result = output / method.result_folder
+        if processes.is_main:
+            export_result(method, job.model, loaded, recipe, result)
+        processes.barrier()
+        finished = record("done", outcome, result)
+        if processes.is_main:
+            _leave_behind(output, finished)
     return finished
 
 

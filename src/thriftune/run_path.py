@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def load_base(
 ) -> Base:
     """The model, or, where its layers are streamed, its shell and the store, which is made when it is not there.
 
-    Raises InputError where streaming cannot be, besides what loading raises.
+    Raises InputError where streaming cannot be, DoesNotFitError where the device holds too little even for it, besides
+    what loading raises.
     """
     if not streams:
         quant = recipe.quant if four_bit else None
@@ -76,8 +78,13 @@ def load_base(
     if reason is not None:  # what only the loaded model can tell is asked by `with_path`
         raise _not_taken(reason)
     store = Store.of(description.folder, description.num_layers, recipe.quant, dtype, device)
-    store.make(say)
-    return Base(load_shell(recipe.model, device=device, dtype=dtype, quant=recipe.quant), store)
+    with fits_or_ends(
+        "the head, the norms and a matrix that is quantised, which lie on the device where layers are streamed",
+        allowed="a device, and a max_memory, that hold these",
+        do="close other programs on this device, raise max_memory, or take a smaller model",
+    ):
+        store.make(say)
+        return Base(load_shell(recipe.model, device=device, dtype=dtype, quant=recipe.quant), store)
 
 
 def hold_memory(device: torch.device, recipe: Recipe, beside_bytes: int) -> None:
@@ -159,10 +166,14 @@ def offload_record(path: Any, metrics: Path) -> OffloadRecord | None:
     )
 
 
-def let_go(path: Any) -> None:
-    """To be called when a run is over: what it pinned of the host's memory is free for what comes after it."""
-    if isinstance(path, StreamedPath):
-        path.close()
+@contextmanager
+def let_go_after(path: Any) -> Iterator[None]:
+    """Around a run, however it ends: what it pinned of the host's memory is free for what comes after it."""
+    try:
+        yield
+    finally:
+        if isinstance(path, StreamedPath):
+            path.close()
 
 
 def _not_taken(reason: str) -> ModelError:

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -60,8 +60,8 @@ def evaluate_target(
     stem = f"eval-{file_label(task)}" if folder == Path(name) else f"{_slug(name)}-{file_label(task)}"
     if limit is not None:
         stem += f"-{limit}"
-    opened = open_for_use(target, recipe, choose_device(), alone=False, say=told)
-    result = evaluate_opened(opened, data, recipe, task, split, limit, answers or folder / f"{stem}.jsonl")
+    with closing(open_for_use(target, recipe, choose_device(), alone=False, say=told)) as opened:
+        result = evaluate_opened(opened, data, recipe, task, split, limit, answers or folder / f"{stem}.jsonl")
     write_record(folder / f"{stem}.json", result)
     return result
 
@@ -116,30 +116,29 @@ def predict_with_target(name: str, words: Sequence[str], *, input_file: Path, ou
     """Answer every row of a file, streamed in order. The output file appears under its name once it is whole."""
     rows = load_file(str(input_file), "--input")
     target, recipe = _target(name, words)
-    opened = open_for_use(target, recipe, choose_device(), alone=False, say=told)
     count = 0
     # A run asks as it was trained, reviews with their question; a bare model is asked what the rows say.
     data = recipe.data if target.is_run else recipe.data.model_copy(update={"name": str(input_file)})
-    answered = predict_rows(
-        opened.model,
-        opened.tokenizer,
-        rows,
-        data,
-        with_rows(opened, data, recipe.generation),
-        seed=recipe.seed,
-        on_progress=progress_lines("predict"),
-    )
-    with _whole_file(output) as file:
-        for row in answered:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            count += 1
+    with closing(open_for_use(target, recipe, choose_device(), alone=False, say=told)) as opened:
+        answered = predict_rows(
+            opened.model,
+            opened.tokenizer,
+            rows,
+            data,
+            with_rows(opened, data, recipe.generation),
+            seed=recipe.seed,
+            on_progress=progress_lines("predict"),
+        )
+        with _whole_file(output) as file:
+            for row in answered:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                count += 1
     return count
 
 
 def chat_with_target(name: str, words: Sequence[str]) -> None:
     target, recipe = _target(name, words)
-    opened = open_for_use(target, recipe, choose_device(), alone=True, say=told)
 
     def read_line() -> str:
         return input("> " if sys.stdin.isatty() else "")
@@ -148,16 +147,17 @@ def chat_with_target(name: str, words: Sequence[str]) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    chat_loop(
-        opened.model,
-        opened.tokenizer,
-        recipe.data,
-        recipe.generation,
-        read_line,
-        write,
-        seed=recipe.seed,
-        most_tokens=None if opened.rows_at_once is None else opened.rows_at_once(1),  # rows of one token: its tokens
-    )
+    with closing(open_for_use(target, recipe, choose_device(), alone=True, say=told)) as opened:
+        chat_loop(
+            opened.model,
+            opened.tokenizer,
+            recipe.data,
+            recipe.generation,
+            read_line,
+            write,
+            seed=recipe.seed,
+            most_tokens=opened.rows_at_once and opened.rows_at_once(1),  # rows of one token each: tokens of one row
+        )
 
 
 def with_rows(opened: OpenedTarget, data: DataRecipe, settings: GenerationRecipe) -> GenerationRecipe:

@@ -38,7 +38,8 @@ class Target:
 @dataclass(frozen=True)
 class OpenedTarget:
     """`rows_at_once` is there where layers are streamed: tokens of a row -> rows that have room at once, None where
-    memory is not counted."""
+    memory is not counted. `close` is to be called when nothing is asked of the model any more: streamed layers pin
+    memory of the host until then."""
 
     target: Target
     model: nn.Module
@@ -46,6 +47,7 @@ class OpenedTarget:
     loaded: LoadedModel
     stop_token_ids: list[int]
     rows_at_once: Callable[[int], int | None] | None = None
+    close: Callable[[], None] = lambda: None
 
 
 def find_target(name: str) -> Target:

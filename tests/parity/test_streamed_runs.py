@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from thriftune import run
 from thriftune.engine import by_layer, hosted, shelf, streamed_path
 from thriftune.engine.offload import Offload
 from thriftune.errors import DoesNotFitError, InputError, ModelError, RecipeError
@@ -102,6 +103,32 @@ def test_a_run_that_is_over_has_let_go_of_the_hosts_memory(model, rows, tmp_path
     assert record.offload is not None and record.offload.host_bytes > 0 and record.offload.inputs_on_host
     assert len(made) > 4 and all(block.bytes.numel() == 0 for block in made)
     assert threading.active_count() == before, "the disk's reader goes on reading"
+
+
+def test_the_record_is_written_before_memory_is_let_go(model, rows, tmp_path, monkeypatch) -> None:
+    """A device that has failed refuses to let go, and a disk may keep its reader; the run is done all the same."""
+
+    def fail(path: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(streamed_path.StreamedPath, "close", fail)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        train_tiny(recipe_of(model, rows, tmp_path / "run", 0, train={"max_steps": 1}))
+    assert record_of(tmp_path / "run").status == "done"
+
+
+@pytest.mark.parametrize("place", ["train", "export_result", "_leave_behind"])
+def test_memory_is_let_go_whatever_ends_a_run(model, rows, tmp_path, monkeypatch, place) -> None:
+    closed: list[Any] = []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(streamed_path.StreamedPath, "close", lambda path: closed.append(path))
+    monkeypatch.setattr(run, place, fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_tiny(recipe_of(model, rows, tmp_path / "run", 0, train={"max_steps": 1}))
+    assert len(closed) == 1
 
 
 def test_the_second_start_quantises_nothing(model, rows, tmp_path, monkeypatch) -> None:
@@ -195,6 +222,19 @@ def test_what_cannot_be_made_smaller_ends_honestly(model, rows, tmp_path, monkey
     monkeypatch.setattr(by_layer, "add_gradients", full)
     with pytest.raises(DoesNotFitError, match="0 of 5 layers stay on the GPU, 5 are streamed"):
         train_tiny(recipe_of(model, rows, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("place", ["load_shell", "Store.make"])
+def test_what_does_not_fit_before_the_first_step_ends_honestly(model, rows, tmp_path, monkeypatch, place) -> None:
+    """A model that did not fit was loaded with streamed layers, and what is left of it did not fit either."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(f"thriftune.run_path.{place}", full)
+    with pytest.raises(DoesNotFitError, match=r"no memory is left for the head, .*: CUDA out of memory") as caught:
+        train_tiny(recipe_of(model, rows, tmp_path / "run"))
+    assert "max_memory" in caught.value.do and not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- refusals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from test_streaming import EarlyLane, LateLane
 
 from adapter_runs import CPU, IDS_BT, make_run
+from small_host import SmallHost, disk_readers
 from small_models import make_model
 from thriftune import opening, serving
 from thriftune.compare import cell
-from thriftune.engine import passing
+from thriftune.compare.jobs import CellJob, Question
+from thriftune.engine import hosted, passing
 from thriftune.engine.passing import bytes_of_token, share_out
-from thriftune.errors import InputError, ModelError
+from thriftune.errors import DoesNotFitError, InputError, ModelError
 from thriftune.infer.choices import score_choices
 from thriftune.infer.generate import generate
 from thriftune.infer.merge import probe_logits
@@ -173,6 +176,8 @@ def test_each_token_sends_each_streamed_layer_once_and_the_next_ones_first_layer
     for _ in range(3):
         probe_logits(found.model, [[5, 6, 7]])
     assert [number_of[source] for source in lane.sent] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    of_a_pass = sum(slab.numel() for slab in streaming.streamed.values())
+    assert lane.times().bytes == of_a_pass, "a CUDA event for every copy of every token would be a leak"
 
 
 def test_linears_are_without_weights_but_while_their_layer_runs(folders, tmp_path) -> None:
@@ -247,6 +252,41 @@ def test_the_verbs_stream_what_the_recipe_says(folders, tmp_path, monkeypatch, c
     monkeypatch.setattr(Store, "of", lambda *_: pytest.fail("it was streamed again"))
     assert use("whole") == streamed
     assert len(streamed[0].splitlines()) == 7 and json.loads(streamed[0].splitlines()[0])["prediction"] is not None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_verbs_let_go_of_the_hosts_memory(folders, tmp_path, monkeypatch, fails) -> None:
+    """And end the thread that reads from the disk: what follows in the process may need what they held."""
+    rows = tiny_rows(tmp_path / "rows.jsonl", 2)
+    run = run_of(tmp_path / "run", folders["llama"], 0)
+    slab = Store.of(folders["llama"], LAYERS, find_target(str(run)).recipe.quant, torch.float32, CPU).layouts[0].bytes
+    host, before = SmallHost((1 + hosted.STAGED) * slab), disk_readers()
+    host.watch(monkeypatch)
+
+    def held(*_: Any, **__: Any) -> Any:
+        assert host.mapped == host.bytes and disk_readers() == before + 1
+        if fails:
+            raise DoesNotFitError(given="one row", allowed="a row that fits", do="lower it")
+        return iter([])
+
+    for place, name in [(serving, "evaluate"), (serving, "predict_rows"), (serving, "chat_loop"), (cell, "_evaluated")]:
+        monkeypatch.setattr(place, name, held)
+    monkeypatch.setattr(serving, "write_record", lambda *_: None)
+    question = Question("reviews", "test", None, None)
+    recipe = find_target(str(run)).recipe
+    job = CellJob(run, "qlora", "qlora", 1, {}, recipe, None, question, False, "", 1, 0)
+    uses = [
+        lambda: serving.predict_with_target(str(run), [], input_file=rows, output=tmp_path / "answers.jsonl"),
+        lambda: serving.evaluate_target(
+            str(run), [], task="perplexity", data_path=str(rows), split="test", limit=None, answers=None
+        ),
+        lambda: serving.chat_with_target(str(run), []),
+        *([lambda: cell._score(job)] if fails else []),
+    ]
+    for use in uses:
+        with pytest.raises(DoesNotFitError) if fails else nullcontext():
+            use()
+        assert host.mapped == 0 and disk_readers() == before
 
 
 def test_where_memory_is_short_layers_are_streamed_and_it_is_said(folders, tmp_path, monkeypatch) -> None:

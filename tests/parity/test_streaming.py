@@ -7,7 +7,10 @@ there is a sure failure here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,11 +23,13 @@ from thriftune.engine.attention import ReferenceAttention
 from thriftune.engine.disk import DiskReader
 from thriftune.engine.host_memory import PinnedBlock
 from thriftune.engine.lanes import HostLane
+from thriftune.engine.offload import Offload
 from thriftune.engine.packing import cut_by_tokens, pack
 from thriftune.engine.residency import Streaming, sends, spread
 from thriftune.engine.shelf import DeviceShelf, HostShelf, Shelf
 from thriftune.engine.sizes import Keep
-from thriftune.errors import ModelError
+from thriftune.engine.streamed_path import StreamedPath
+from thriftune.errors import DoesNotFitError, ModelError
 from thriftune.recipe import QuantRecipe
 
 LENGTHS = (9, 2, 17, 5, 30, 1, 3)
@@ -250,6 +255,66 @@ def test_what_was_not_announced_is_read_all_the_same() -> None:
         reader.sent(index, None)
 
 
+@pytest.mark.parametrize(
+    ("second", "read_then"),
+    [([0, 1, 2, 3, 4, 5], [3, 4, 5]), ([0, 2, 1, 3], [1, 3]), ([2, 0, 1, 4], [0, 1, 4])],
+)
+def test_what_was_read_ahead_is_not_read_again_for_the_next_pass(second, read_then) -> None:
+    """The pass after the present one was announced too: two layers of it are ready and the third is being read when it
+    begins. Where it begins otherwise than was said, what does not fit is read anew."""
+    begun: list[int] = []
+    may_end = threading.Event()
+
+    def read(index: int, slab: Tensor) -> None:
+        begun.append(index)
+        if len(begun) == 9:
+            assert may_end.wait(30)
+        slab.fill_(index)
+
+    def use(order: Sequence[int]) -> None:
+        for index in order:
+            slab = reader.take(index, wait=True)
+            assert slab is not None and slab.tolist() == [index] * 8
+            reader.sent(index, None)
+
+    first, blocks = [*range(6)], [torch.zeros(8, dtype=torch.uint8) for _ in range(3)]
+    reader = DiskReader(read, [8] * 6, blocks, HostLane())
+    reader.announce([*first, *first])
+    use(first)
+    until(lambda: len(begun) == 9)
+    reader.announce(second)
+    may_end.set()
+    use(second)
+    reader.close()
+    assert begun == [*first, 0, 1, 2, *read_then]
+
+
+def test_each_pass_reads_from_the_disk_what_it_copies(pair, monkeypatch) -> None:
+    """As generating does: every token's pass is announced twice, so that the next one is read ahead."""
+    monkeypatch.setattr(hosted, "available_bytes", lambda: hosted.LEFT_FOR_THE_SYSTEM)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 10**12)
+    done: list[int] = []
+    read = pair.slabs.read
+    monkeypatch.setattr(pair.slabs, "read", lambda index, *rest: (read(index, *rest), done.append(index)))
+    monkeypatch.setattr(pair.slabs, "read_again", lambda index, slab: (read(index, slab, print), done.append(index)))
+    _, streaming = pair.streamed(())
+    lane = streaming.lane = EarlyLane()
+    for _ in range(4):
+        streaming.begin([*range(6), *range(6)])
+        for index in range(6):
+            streaming.acquire(index)
+            streaming.release(index)
+        until(lambda: len(done) >= len(lane.sent) + hosted.STAGED)
+    assert len(done) == len(lane.sent) + hosted.STAGED
+
+
+def until(happened: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < ends
+        time.sleep(0.001)
+
+
 def test_the_order_of_copies_is_foreseen(pair) -> None:
     visits = [*range(6), *reversed(range(6))]
     for slots in (1, 2, 3):
@@ -394,6 +459,26 @@ def test_resident_layers_can_be_given_up(pair) -> None:
     assert streaming.give_up(2, lambda index: pair.slabs.kept[index].clone()) == 2
     assert len(streaming.resident) == 2 and len(streaming.streamed) == 4
     assert_equal(run(pair, program, streaming, 30, DeviceShelf()), by_resident(pair, 30))
+
+
+def test_layers_given_up_in_evaluation_are_missing_in_training_and_parts_stay(pair) -> None:
+    program, streaming = pair.streamed((0, 2, 4))
+    slabs = hosted.Hosted(pair.slabs, CPU, print)
+    chosen = Offload(resident=3, layers=6, inputs_on_host=False, most_tokens=64)
+    path = StreamedPath(program, streaming, slabs, DeviceShelf(), CPU, ReferenceAttention(), chosen, longest=30)
+    measuring = path.in_evaluation()
+    for left in (2, 1, 0):
+        assert "1 layers more are streamed" in measuring.step_down("full")
+        assert path.offload == measuring.offload == replace(chosen, resident=left)
+    assert "parts of 64 -> 32 tokens" in measuring.step_down("full")
+    assert (path.offload.most_tokens, measuring.offload.most_tokens) == (64, 32)
+    assert "parts of 64 -> 32 tokens" in path.step_down("full")
+    path.step_down("full")
+    with pytest.raises(DoesNotFitError, match="0 of 6 layers stay on the GPU, 6 are streamed"):
+        path.step_down("full")
+    for asked in (path.parameters_changed, path.copies_bytes):  # of method dynamic, which streams nothing
+        with pytest.raises(NotImplementedError):
+            asked()
 
 
 def test_resident_layers_lie_between_the_streamed_ones() -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,12 +211,12 @@ def _score(job: CellJob) -> CellRecord:
     """The task, the general text, and the time to the first token beside the base and folded into it."""
     device = choose_device()
     target = _target(job)
-    opened = open_for_use(target, target.recipe, device, alone=False, say=told)
-    result = _evaluated(job, opened, job.question.task)
-    general = _evaluated(job, opened, GENERAL)
-    prompts = _prompts(result, opened)
-    waited_s = first_token_s(opened.model, prompts, device=device, repeats=REPEATS)
-    merged_s, note = _merged_first_token_s(opened, prompts, device)
+    with closing(open_for_use(target, target.recipe, device, alone=False, say=told)) as opened:
+        result = _evaluated(job, opened, job.question.task)
+        general = _evaluated(job, opened, GENERAL)
+        prompts = _prompts(result, opened)
+        waited_s = first_token_s(opened.model, prompts, device=device, repeats=REPEATS)
+        merged_s, note = _merged_first_token_s(opened, prompts, device)
     details = {**result.details, "first_token": f"{len(prompts)} prompts, {REPEATS} times each{note}"}
     finished = _finished_run(job.folder) if job.method != BASE else None
     record = CellRecord(

@@ -41,11 +41,15 @@ class DiskReader:
         self._thread.start()
 
     def announce(self, order: Sequence[int]) -> None:
-        """These layers will be asked for, in this order; what was announced before is forgotten."""
+        """These layers will be asked for, in this order; what was announced before is forgotten. What has been read of
+        it and is what the new order begins with stays."""
         with self._changed:
+            wanted, kept = deque(order), []
+            while wanted and self._ready and self._ready[0][0] == wanted[0]:
+                kept.append(self._ready.popleft())
+                wanted.popleft()
             self._free.extend(block for _, block in self._ready)
-            self._ready.clear()
-            self._wanted = deque(order)
+            self._ready, self._wanted = deque(kept), wanted
             self._changed.notify_all()
 
     def take(self, index: int, wait: bool) -> Tensor | None:
@@ -81,6 +85,9 @@ class DiskReader:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._free.clear()
+        self._ready.clear()
+        self._lent.clear()
 
     def _run(self) -> None:
         while True:
@@ -88,7 +95,7 @@ class DiskReader:
                 self._changed.wait_for(lambda: self._closed or (self._wanted and self._free))
                 if self._closed:
                     return
-                order, index, block = self._wanted, self._wanted[0], self._free.popleft()
+                index, block = self._wanted[0], self._free.popleft()
             try:
                 if block.arrival is not None:
                     self.lane.settle(block.arrival)
@@ -100,8 +107,8 @@ class DiskReader:
                     self._changed.notify_all()
                 return
             with self._changed:
-                if self._wanted is order and order and order[0] == index:
-                    order.popleft()
+                if self._wanted and self._wanted[0] == index:  # still, or again in an order that came meanwhile
+                    self._wanted.popleft()
                     self._ready.append((index, block))
                 else:
                     self._free.append(block)

@@ -50,11 +50,13 @@ class PinnedBlock:
 
     bytes: Tensor
     device: torch.device
-    _pages: _Pages
+    _pages: _Pages | None
 
     def release(self) -> None:
-        self._pages.forget()
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        """Have the driver forget the pages. The system has them back when no tensor over them is left either."""
+        if self._pages is not None:
+            self._pages.forget()
+        self.bytes, self._pages = torch.empty(0, dtype=torch.uint8), None
 
 
 def available_bytes() -> int | None:

@@ -4,8 +4,9 @@ hold them all, the disk that they are read from in every pass."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -54,13 +55,15 @@ class Slabs(Protocol):
 
 @dataclass
 class Hosted:
-    """The blocks of pinned memory that hold slabs, one a layer, each of its slab's size."""
+    """The blocks of pinned memory that hold slabs, one a layer, each of its slab's size; and what reads the layers that
+    have none from the disk, through blocks of its own."""
 
     slabs: Slabs
     device: torch.device
     say: Say
     blocks: dict[int, PinnedBlock] = field(default_factory=dict)
     staging: list[PinnedBlock] = field(default_factory=list)
+    disk: DiskReader | None = None
 
     def split(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
         """These layers as host memory holds them, and those that are left to the disk, spread between them."""
@@ -94,7 +97,8 @@ class Hosted:
                 self.slabs.read(index, slab, self.say)
                 checked.add(index)
 
-        return DiskReader(read, sizes, [block.bytes for block in self.staging], lane)
+        self.disk = DiskReader(read, sizes, [block.bytes for block in self.staging], lane)
+        return self.disk
 
     def take(self, indices: Sequence[int]) -> dict[int, Tensor]:
         """The slabs of these layers in pinned memory. All of it is taken before anything is read."""
@@ -128,14 +132,18 @@ class Hosted:
             finally:
                 free.put(block)
 
-        with ThreadPoolExecutor(count) as readers:
-            found = dict(zip(indices, readers.map(put, indices), strict=True))
-        for block in blocks:
-            block.release()
-        return found
+        try:
+            with ThreadPoolExecutor(count) as readers:
+                return dict(zip(indices, readers.map(put, indices), strict=True))
+        finally:
+            for block in blocks:
+                block.release()
 
     def close(self) -> None:
-        """Let go of all pinned memory. What was read into it is not to be used after this."""
+        """Stop reading and let go of all pinned memory. What was read into it is not to be used after this."""
+        if self.disk is not None:  # its thread holds this and so every block: nobody else lets go of them
+            self.disk.close()
+            self.disk = None
         for block in [*self.blocks.values(), *self.staging]:
             block.release()
         self.blocks.clear()
@@ -153,7 +161,8 @@ def stream(program: Program, hosted: Hosted, resident: Sequence[int], slots: int
     """
     streaming = stream_layers(program.layers, hosted, resident, slots)
     if program.fp8:
-        read_scales(program, streaming)
+        with closed_if_it_fails(hosted):
+            read_scales(program, streaming)
     return streaming
 
 
@@ -161,19 +170,30 @@ def stream_layers(layers: Sequence[Holder], hosted: Hosted, resident: Sequence[i
     """The same of layers that need no scales of their own."""
     others = [index for index in range(len(layers)) if index not in set(resident)]
     layouts, lane = hosted.slabs.layouts, lane_to(hosted.device)
-    in_memory, on_disk = hosted.split(others)
-    disk = hosted.reader(on_disk, lane)
-    streamed = hosted.take(in_memory)
-    return Streaming(
-        layers=layers,
-        layouts=layouts,
-        tables=hosted.slabs.tables(hosted.device),
-        resident=hosted.put_on_device(resident),
-        streamed=streamed,
-        slots=new_slots(slots, [layouts[index] for index in others], hosted.device) if others else [],
-        lane=lane,
-        disk=disk,
-    )
+    with closed_if_it_fails(hosted):
+        on_device = hosted.put_on_device(resident)  # first: it gives back its host memory, which `split` then counts
+        in_memory, on_disk = hosted.split(others)
+        disk = hosted.reader(on_disk, lane)
+        streamed = hosted.take(in_memory)
+        return Streaming(
+            layers=layers,
+            layouts=layouts,
+            tables=hosted.slabs.tables(hosted.device),
+            resident=on_device,
+            streamed=streamed,
+            slots=new_slots(slots, [layouts[index] for index in others], hosted.device) if others else [],
+            lane=lane,
+            disk=disk,
+        )
+
+
+@contextmanager
+def closed_if_it_fails(hosted: Hosted) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        hosted.close()
+        raise
 
 
 def refuse_another_size(linear: Any, matrix: Matrix, index: int) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from thriftune.engine.hosted import Hosted, Say, Slabs, refuse_another_size, stream_layers
-from thriftune.engine.lanes import LinkTimes
 from thriftune.engine.offload import SLOTS, SPARE_BYTES, SPARE_SHARE
 from thriftune.engine.residency import Streaming, spread
 from thriftune.engine.room import free_bytes
@@ -42,15 +41,14 @@ class Linears:
 
 @dataclass
 class Passing:
-    """`row_bytes` is what one token of one row takes beside the weights; `spent` the link's times of the last pass that
-    was followed by another one."""
+    """`row_bytes` is what one token of one row takes beside the weights."""
 
     streaming: Streaming
+    hosted: Hosted
     layers: list[Linears]
     buffers: dict[tuple[int, int, int], nn.Parameter]
     row_bytes: int
     rows_have: int | None
-    spent: LinkTimes = field(default_factory=lambda: LinkTimes(0.0, 0.0, 0))
     _without: dict[int, list[nn.Parameter]] = field(default_factory=dict)
 
     def rows_at_once(self, tokens: int) -> int | None:
@@ -58,7 +56,7 @@ class Passing:
         return None if self.rows_have is None else max(1, self.rows_have // (self.row_bytes * tokens))
 
     def begin(self) -> None:
-        self.spent = self.streaming.lane.times()
+        self.streaming.lane.times()  # which forgets the last pass's: nobody else asks for them
         self.streaming.begin([*range(len(self.layers)), *range(len(self.layers))])
 
     def bring(self, index: int) -> None:
@@ -76,6 +74,11 @@ class Passing:
         """Its linears are without weights again: what is read too late is no other layer's."""
         for linear, nothing in zip(self.layers[index].parts, self._without.pop(index, []), strict=False):
             linear.weight = nothing
+
+    def close(self) -> None:
+        """Let go of the host's pinned memory, which what follows in this process may need; nothing runs after it."""
+        self.streaming.streamed.clear()  # views of the blocks that follow
+        self.hosted.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ class Wanted:
 
 
 def pass_over(base: Any, slabs: Slabs, device: torch.device, wanted: Wanted, say: Say) -> Passing:
-    """Have `base`, a transformers model whose layers' linears have no weights, compute with those of `slabs`.
+    """Have `base`, a transformers model whose layers' linears have no weights, compute with those of `slabs`, until
+    what is returned is closed.
 
     Raises DoesNotFitError when host memory does not hold what is streamed, ModelError when a slab's matrices are not
     those of the model.
@@ -119,8 +123,9 @@ def pass_over(base: Any, slabs: Slabs, device: torch.device, wanted: Wanted, say
                     buffers[key] = nn.Parameter(like.new_empty(key[1:]), requires_grad=False)
     slab = max(layout.bytes for layout in layouts)
     shares = share_out(free_bytes(device), slab, len(layers), wanted.resident, wanted.one_row)
-    streaming = stream_layers(layers, Hosted(slabs, device, say), spread(shares.resident, len(layers)), SLOTS)
-    passing = Passing(streaming, layers, buffers, wanted.row_bytes, shares.rows_have)
+    hosted = Hosted(slabs, device, say)
+    streaming = stream_layers(layers, hosted, spread(shares.resident, len(layers)), SLOTS)
+    passing = Passing(streaming, hosted, layers, buffers, wanted.row_bytes, shares.rows_have)
     base.model.register_forward_pre_hook(_calling(passing.begin))
     for index, module in enumerate(modules):
         module.register_forward_pre_hook(_calling(partial(passing.bring, index)))

@@ -80,8 +80,14 @@ class HostShelf:
             lane.times()  # which forgets the last pass's: nobody else asks for them
         layers, most, width = self.rows_LPD.shape
         if self._starts[-1] > most:  # another epoch's order has a larger step than the first one's
-            self.block.release()
+            self.close()  # or the host would have to hold both
             self.block, self.rows_LPD = _rows(layers, self._starts[-1], width, self.rows_LPD.dtype, self.device)
+
+    def close(self) -> None:
+        """Let go of the pinned memory, of which no view is left; nothing is put before the next `begin`."""
+        layers, _, width = self.rows_LPD.shape
+        self.rows_LPD = self.rows_LPD.new_empty(layers, 0, width)
+        self.block.release()
 
     def put(self, layer: int, part: int, x_TD: Tensor) -> None:
         arrival = self.leaving.send(x_TD, self._place(layer, part), self.leaving.mark())

@@ -29,8 +29,8 @@ from thriftune.errors import DoesNotFitError
 
 @dataclass
 class StreamedPath:
-    """`offload` is how it runs now; stepping down changes it. `spent` are the link's times of the last step whose times
-    were asked for: to ask is to wait for the device, so it is done when the step is over."""
+    """`chosen` is how it was to run; stepping down changes the size of its parts there. `spent` are the link's times of
+    the last step whose times were asked for: to ask is to wait for the device, so it is done when the step is over."""
 
     program: Program
     streaming: Streaming
@@ -38,11 +38,16 @@ class StreamedPath:
     shelf: Shelf
     device: torch.device
     attention: Attention
-    offload: Offload
+    chosen: Offload
     longest: int
     name: Literal["engine", "generic"] = "engine"
     spent: LinkTimes = field(default_factory=lambda: LinkTimes(0.0, 0.0, 0))
     _untold: bool = False  # a step's times have not been asked for yet
+
+    @property
+    def offload(self) -> Offload:
+        """How it runs now. Layers are given up for this path and its copy for evaluation alike, so they are counted."""
+        return replace(self.chosen, resident=len(self.streaming.resident))
 
     def add_gradients(self, examples: Sequence[Example], targets: float) -> Tensor:
         program, parts, key = self.program, self._parts(examples), self.program.key_of_step()
@@ -64,11 +69,10 @@ class StreamedPath:
         same = "same step, same examples"
         if self.streaming.resident and self.streaming.slots:
             given = self.streaming.give_up(max(1, len(self.streaming.resident) // 4), self._to_host)
-            self.offload = replace(self.offload, resident=len(self.streaming.resident))
             return f"out of memory: {given} layers more are streamed from here on, {same}"
         before = self.offload.most_tokens
         if before > self.longest:
-            self.offload = replace(self.offload, most_tokens=max(self.longest, before // 2))
+            self.chosen = replace(self.chosen, most_tokens=max(self.longest, before // 2))
             return f"out of memory: parts of {before} -> {self.offload.most_tokens} tokens at once, {same}"
         raise DoesNotFitError(
             given=f"one example of up to {self.longest} tokens at once, with {self.offload.words}, runs out of memory: "
@@ -87,15 +91,15 @@ class StreamedPath:
     def resume(self, state: Mapping[str, int | bool]) -> None:
         """Parts as the checkpoint was left, so that sums are taken in the same order."""
         if "most_tokens" in state:
-            self.offload = replace(self.offload, most_tokens=int(state["most_tokens"]))
+            self.chosen = replace(self.chosen, most_tokens=int(state["most_tokens"]))
 
     def parameters_changed(self) -> None:
         """Only method dynamic changes them, whose recipes stream nothing."""
         raise NotImplementedError("streamed layers keep the adapters that they were read with")
 
     def copies_bytes(self) -> int:
-        """None: layers take their copies in turn, in the buffers that they share."""
-        return 0
+        """Only method dynamic asks, around a change of the parameters."""
+        raise NotImplementedError("streamed layers keep the adapters that they were read with")
 
     def measured(self) -> dict[str, float]:
         if self._untold:
@@ -110,12 +114,10 @@ class StreamedPath:
 
     def close(self) -> None:
         """Let go of the host's pinned memory, which another program of this process may need; nothing runs after it."""
-        if self.streaming.disk is not None:
-            self.streaming.disk.close()
-        self.streaming.streamed.clear()
+        self.streaming.streamed.clear()  # views of the blocks that follow
         self.hosted.close()
         if isinstance(self.shelf, HostShelf):
-            self.shelf.block.release()
+            self.shelf.close()
 
     def _parts(self, examples: Sequence[Example]) -> list[PackedBatch]:
         self.program.copy_masters()

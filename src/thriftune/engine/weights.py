@@ -96,9 +96,8 @@ class Stack:
 
     @property
     def copies_bytes(self) -> int:
-        """Of the adapters' 16-bit copies, with the padding of their rank."""
-        if self.buffer_YX is None:
-            return self.a_RI.nbytes + self.b_OR.nbytes
+        """Of the adapters' 16-bit copies, with the padding of their rank; not with products in 8-bit floats."""
+        assert self.buffer_YX is not None
         return self.buffer_YX.nbytes - self.size_out * self.size_in * self.buffer_YX.element_size()
 
     @property
@@ -267,21 +266,20 @@ class Stack:
         if not self.rank:
             return
         assert x_TI is not None and side_TR is not None
+        adapters = [(part, part.a, part.b) for part in self.parts if part.a is not None and part.b is not None]
         if draw is None:
             rows = gradient_rows(max(part.ranks.stop for part in self.parts))
             da_RI = product_in_full(dy.side_TR[:, :rows].T, x_TI)
+            for part, a, _ in adapters:
+                add_gradient(a, da_RI[part.ranks])
         else:
             dropped_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
-        for part in self.parts:
-            if part.a is None or part.b is None:
-                continue
-            if draw is None:
-                add_gradient(part.a, da_RI[part.ranks])
-            else:
+            for part, a, _ in adapters:
                 drop(x_TI, draw, part.number, part.dropout, dropped_TI)
-                add_gradient(part.a, product_in_full(dy.side_TR[:, part.ranks].T, dropped_TI))
+                add_gradient(a, product_in_full(dy.side_TR[:, part.ranks].T, dropped_TI))
+        for part, _, b in adapters:
             db_OR = product_in_full(dy.gradient_TO[:, part.rows].T, side_TR[:, part.ranks])
-            add_gradient(part.b, db_OR.mul_(part.scale))
+            add_gradient(b, db_OR.mul_(part.scale))
 
 
 def product_in_full(left: Tensor, right: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class StepPath(Protocol):
         ...
 
     def in_evaluation(self) -> StepPath:
-        """The path for `losses` of many examples; stepping it down leaves this one as it is."""
+        """The path for `losses` of many examples. Stepping it down leaves the size of this one's parts as it is; frozen
+        weights that it gives up the memory of are given up for both."""
         ...
 
     def state(self) -> dict[str, int | bool]:

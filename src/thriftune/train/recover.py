@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 # What a full memory says when torch has no type for it: the host's allocator, the driver, cuBLAS's own workspace.
 OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
+BESIDE_THE_MODEL = "trainable weights whose gradients and optimizer state fit beside the model"
+LESS_BESIDE_IT = "use an 8-bit or paged optim, method lora or qlora, a lower lora_r, or a smaller model"
+
 
 @dataclass
 class Recovery:
@@ -79,7 +82,7 @@ def until_it_fits(
 
 
 @contextmanager
-def fits_or_ends(what: str) -> Iterator[None]:
+def fits_or_ends(what: str, allowed: str = BESIDE_THE_MODEL, do: str = LESS_BESIDE_IT) -> Iterator[None]:
     """Around what no smaller micro-batch helps: out of memory becomes DoesNotFitError, which says what did not fit."""
     try:
         yield
@@ -88,8 +91,8 @@ def fits_or_ends(what: str) -> Iterator[None]:
             raise
         raise DoesNotFitError(
             given=f"no memory is left for {what}: {_first_line(error)}",
-            allowed="trainable weights whose gradients and optimizer state fit beside the model",
-            do="use an 8-bit or paged optim, method lora or qlora, a lower lora_r, or a smaller model",
+            allowed=allowed,
+            do=do,
         ) from None
 
 
