@@ -10,7 +10,7 @@ READY := .venv/.installed
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) $(BIN)/python -m pytest
 # Processes that share the tests: one a core, at most four; one where there is a GPU, whose memory they would share.
-WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $$(n=$$(nproc || echo 1); \
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $$(n=$$(nproc 2>/dev/null || echo 1); \
 	[ $$n -gt 4 ] && n=4; echo $$n))
 
 .PHONY: help setup demo test check format bench

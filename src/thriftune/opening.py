@@ -65,7 +65,8 @@ def open_for_use(target: Target, recipe: Recipe, device: torch.device, *, alone:
     resident, layers = len(passing.streaming.resident), description.num_layers
     say(f"offload: {resident} of {layers} layers stay on the device, {layers - resident} are streamed at each token")
     stops = stop_token_ids(loaded.tokenizer, base.generation_config)
-    return OpenedTarget(target, model.eval(), loaded.tokenizer, loaded, stops, passing.rows_at_once, passing.close)
+    tokenizer, close = loaded.tokenizer, passing.close
+    return OpenedTarget(target, model.eval(), tokenizer, loaded, stops, passing.rows_at_once, layers - resident, close)
 
 
 def _streams(target: Target, recipe: Recipe, description: ModelDescription, device: torch.device) -> bool:

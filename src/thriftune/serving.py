@@ -75,12 +75,15 @@ def evaluate_opened(
     limit: int | None,
     answers: Path | None,
 ) -> EvalResult:
-    return evaluate(
+    """The score; where layers are streamed its details say so, because then its times are not those of a model held
+    whole."""
+    settings = recipe.generation if _reads_whole_rows(task) else with_rows(opened, data, recipe.generation)
+    result = evaluate(
         task,
         opened.model,
         opened.tokenizer,
         data=data,
-        settings=recipe.generation if _reads_whole_rows(task) else with_rows(opened, data, recipe.generation),
+        settings=settings,
         limit=limit,
         split=split,
         answers_path=answers,
@@ -88,6 +91,10 @@ def evaluate_opened(
         adapter_name=str(opened.target.adapter) if opened.target.adapter else None,
         on_progress=progress_lines(f"{task}"),
     )
+    if opened.rows_at_once is None:
+        return result
+    how = {"layers_streamed": opened.layers_streamed, "rows_at_once": settings.batch_size}
+    return result.model_copy(update={"details": {**result.details, **how}})
 
 
 def task_data(trained_on: DataRecipe, task: str, data_path: str | None) -> DataRecipe:

@@ -47,6 +47,7 @@ class OpenedTarget:
     loaded: LoadedModel
     stop_token_ids: list[int]
     rows_at_once: Callable[[int], int | None] | None = None
+    layers_streamed: int = 0
     close: Callable[[], None] = lambda: None
 
 

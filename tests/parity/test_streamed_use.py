@@ -240,6 +240,7 @@ def test_the_verbs_stream_what_the_recipe_says(folders, tmp_path, monkeypatch, c
             limit=None,
             answers=output / "eval.jsonl",
         )
+        assert result.details.get("layers_streamed") == (LAYERS - 2 if folder == "streamed" else None)
         lines = iter(["good", "/exit"])
         monkeypatch.setattr("builtins.input", lambda *_: next(lines))
         capsys.readouterr()
@@ -269,7 +270,12 @@ def test_verbs_let_go_of_the_hosts_memory(folders, tmp_path, monkeypatch, fails)
             raise DoesNotFitError(given="one row", allowed="a row that fits", do="lower it")
         return iter([])
 
-    for place, name in [(serving, "evaluate"), (serving, "predict_rows"), (serving, "chat_loop"), (cell, "_evaluated")]:
+    for place, name in [
+        (serving, "evaluate_opened"),
+        (serving, "predict_rows"),
+        (serving, "chat_loop"),
+        (cell, "_evaluated"),
+    ]:
         monkeypatch.setattr(place, name, held)
     monkeypatch.setattr(serving, "write_record", lambda *_: None)
     question = Question("reviews", "test", None, None)
