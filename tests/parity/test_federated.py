@@ -18,7 +18,7 @@ from thriftune.federated.coordinator import Coordinator, QuorumError
 from thriftune.federated.message import MessageError, factors_of, open_message, pack
 from thriftune.federated.records import FederatedRecord
 from thriftune.federated.simulate import Simulation, simulate
-from thriftune.federated.site import Base, Site, open_base, recipe_of_rounds
+from thriftune.federated.site import STARTS, Base, Site, open_base, recipe_of_rounds
 from thriftune.methods.lora import read_tensors
 from thriftune.recipe import Recipe
 from thriftune.run import Prepared, prepare_run
@@ -196,13 +196,18 @@ def _same(before: Adapter, after: Adapter, half: str) -> bool:
     return all(torch.equal(getattr(before[name], field), getattr(after[name], field)) for name in before)
 
 
-def test_a_model_without_weights_has_the_same_start(model: Path, rows: Path, tmp_path: Path) -> None:
-    federation = Federation(recipe_of(model, rows, tmp_path, method="qlora"), {"a": 4})
+@pytest.mark.parametrize(("method", "kind"), [("qlora", True), *(("lora", kind) for kind in STARTS)])
+def test_a_model_without_weights_has_the_same_start(
+    model: Path, rows: Path, tmp_path: Path, method: str, kind: bool | str
+) -> None:
+    recipe = recipe_of(model, rows, tmp_path, method=method, lora={"init_lora_weights": kind})
+    federation = Federation(recipe, {"a": 4})
     over_weights = federation.base.places.read()
     start: Places = federation.coordinator._places
     assert start.fingerprint() == federation.base.places.fingerprint()
     for name, factors in start.read().items():
-        assert torch.equal(factors.a_RI, over_weights[name].a_RI) and not factors.b_OR.any()
+        assert torch.equal(factors.a_RI, over_weights[name].a_RI) and torch.equal(factors.b_OR, over_weights[name].b_OR)
+        assert float((factors.b_OR @ factors.a_RI).abs().max()) < 1e-6
     _, hollow = start_of(federation.prepared.recipe)
     frozen = [parameter for name, parameter in hollow.named_parameters() if "lora_" not in name]
     assert all(parameter.untyped_storage().nbytes() == 4 for parameter in frozen)

@@ -66,6 +66,10 @@ def test_given_again_a_finished_simulation_has_nothing_to_do(simulate):
         (["--ranks", "8"], "a site of rank 8, and lora.r 4"),
         (["--ranks", "2,4", "aggregation=ffa"], "aggregation ffa"),
         (["clip_norm=1.0"], "use federated.aggregation rolora or ffa"),
+        *(
+            ([f"lora.init_lora_weights={start}"], "use true, gaussian or orthogonal")
+            for start in ("pissa", "mica", "olora", "eva", "false")
+        ),
         (["lora.use_dora=true"], "an adapter that sites cannot share"),
         (["lora.modules_to_save=lm_head"], "an adapter that sites cannot share"),
     ],

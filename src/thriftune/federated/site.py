@@ -30,6 +30,7 @@ from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS, trainable_parameters
 from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
+from thriftune.recipe.dynamic import PLAIN_STARTS
 from thriftune.run import Prepared, export_result, make_job
 from thriftune.run_path import hold_memory, load_base, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob
@@ -40,6 +41,10 @@ from thriftune.train.loop import mean_loss, step_metrics, train_step
 from thriftune.train.meter import Meter
 from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer
 from thriftune.train.path import StepPath
+
+# Of lora.init_lora_weights: the base stays as it is, B A is zero, and the factors are drawn without a look at the base,
+# so the coordinator, which has none, draws the same.
+STARTS = (*PLAIN_STARTS, "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ def check_recipe(recipe: Recipe) -> None:
     problems = recipe.federated.contradictions()
     if recipe.method not in ("auto", "lora", "qlora"):
         problems.append(f"method {recipe.method}: sites share an adapter of one rank; use method lora, qlora or auto")
+    if recipe.lora.init_lora_weights not in STARTS:
+        problems.append(
+            f"lora.init_lora_weights {recipe.lora.init_lora_weights!r}: the coordinator draws the start without the "
+            "base's weights, which must stay as they are; use true, gaussian or orthogonal"
+        )
     if recipe.train.weight_decay:
         problems.append("train.weight_decay would shrink what a site does not train; leave it at 0")
     if problems:
