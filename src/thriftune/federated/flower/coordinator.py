@@ -213,11 +213,12 @@ class CoordinatorLink:
 
 
 def reply(site: str, message: Any) -> Reply:
-    if message.has_error():
-        return Reply(site, b"", f"site {site}: {message.error.reason}")
-    if "error" in message.content:
-        return Reply(site, b"", f"site {site}: {message.content['error']['text']}")
+    """What a site's message says, or why it says nothing that can be used. Never raises."""
     try:
+        if message.has_error():
+            return Reply(site, b"", f"site {site}: {message.error.reason}")
+        if "error" in message.content:
+            return Reply(site, b"", f"site {site}: {message.content['error']['text']}")
         return Reply(site, bytes_of(message), "")
-    except (KeyError, ValueError, TypeError) as error:
-        return Reply(site, b"", f"site {site} sent something that is no message: {error}")
+    except Exception as error:  # whatever a site sends, and however Flower fails at it, the others go on
+        return Reply(site, b"", f"site {site} sent something that is no message: {type(error).__name__}: {error}")
