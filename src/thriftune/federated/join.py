@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from thriftune.errors import InputError, ThriftuneError
+from thriftune.errors import CheckpointError, InputError, ThriftuneError
 from thriftune.federated.flower.site import SiteLink, Task
 from thriftune.federated.flower.tasks import TransportError
 from thriftune.federated.keys import read_site_keys
@@ -89,7 +89,8 @@ class Events:
 
 
 def _answer(task: Task, site: Site, output: Path, say: Callable[[str], None]) -> Path | None:
-    """The folder of the result, when this message was the last. An error of ours is told the coordinator and raised."""
+    """The folder of the result, when this message was the last. An error of ours is told the coordinator; it is raised
+    as well unless it is the message's alone."""
     try:
         header = open_message(task.data).header
         if header.kind == "end":
@@ -98,13 +99,12 @@ def _answer(task: Task, site: Site, output: Path, say: Callable[[str], None]) ->
             return result
         say(f"round {header.round + 1} of {header.rounds}: {len(task.data):,} bytes came, training")
         update = site.answer(task.data)
-    except InputError as error:  # a message that cannot be used: this site goes on, the coordinator learns why
-        say(f"refused: {error.given}")
-        task.fail(error.given)
-        return None
     except ThriftuneError as error:
-        task.fail(error.given)
-        raise
+        task.fail(error.given)  # the coordinator learns why
+        if isinstance(error, CheckpointError) or not isinstance(error, InputError):
+            raise
+        say(f"refused: {error.given}")  # a message that cannot be used: this site goes on
+        return None
     line = describe_sent(update)
     with (output / SENT).open("a", encoding="utf-8") as file:
         file.write(line + "\n")

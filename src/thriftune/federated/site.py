@@ -152,6 +152,8 @@ class Site:
     def _check(self, header: Header, kind: str) -> None:
         places, rounds = self._base.places, self._job.recipe.federated.rounds
         expect(header, kind=kind, site=self.name, half="both", rank=places.rank, differences=False)
+        if joined := self._state.identity:
+            expect(header, federation=joined["federation"])
         if not (1 <= header.train_rank <= places.rank and 0 <= header.round < rounds + (kind == "end")):
             raise MessageError(
                 given=f"an offer of round {header.round + 1} to train rank {header.train_rank}",
@@ -172,21 +174,22 @@ class Site:
         if self._state.identity:
             return
         identity = {**self._job.identity, "federation": header.federation, "rank": header.train_rank}
-        self._state = TrainState(identity=identity)
         found = find_checkpoint(self.output, "auto", self._observers.event) if self._keeps else None
         if found is None:
+            self._state = TrainState(identity=identity)
             return
         folder, state = found
         check_identity(folder, state, identity)
         load_optimizer(self._optimizer, folder)
         self._path.resume(state.path)
-        self._state = state
+        self._state = state  # only now: a folder that was refused is refused again
         self._observers.event(f"went on from {folder}")
 
     def answer(self, offer: bytes) -> bytes:
         """The update that answers an offer: take its factors, train, send what was trained.
 
-        Raises MessageError for an offer that is damaged or not for this site, and what training raises.
+        Raises MessageError for an offer that is damaged, not for this site, or of another federation than the one it
+        is in; CheckpointError when its folder belongs to another federation; and what training raises.
         """
         message = open_message(offer)
         header = message.header
