@@ -53,7 +53,7 @@ class Federation:
     def __init__(self, recipe: Recipe, ranks: dict[str, int]) -> None:
         self.prepared: Prepared = prepare_run(recipe_of_rounds(recipe))
         self.output = Path(self.prepared.recipe.output or "")
-        self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output)
+        self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output, None)
         self.base: Base = open_base(self.prepared, self.output, lambda text: None)
 
     def site(self, name: str, keeps: bool = False) -> Site:
@@ -331,7 +331,7 @@ def test_a_coordinator_that_was_stopped_goes_on_and_ends_the_same(model: Path, r
     for name in ranks:
         stopped.coordinator.take(name, stopped.site(name).answer(stopped.coordinator.offer(name)))
     stopped.coordinator.close(lambda: None)
-    again = Coordinator(stopped.prepared.recipe, ranks, tmp_path / "stopped")
+    again = Coordinator(stopped.prepared.recipe, ranks, tmp_path / "stopped", None)
     assert again.round == 1 and again.state.federation == stopped.coordinator.state.federation
     for name, factors in again.current.items():
         assert torch.equal(factors.b_OR, stopped.coordinator.current[name].b_OR)
@@ -368,7 +368,7 @@ def test_a_site_in_the_folder_of_another_federation_is_refused_each_time_and_end
     recipe = recipe_of(model, rows, tmp_path, rounds=2)
     federation = Federation(recipe, {"a": 4})
     federation.site("a", keeps=True).answer(federation.coordinator.offer("a"))
-    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other")
+    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other", None)
     again = federation.site("a", keeps=True)
     for _ in range(2):
         task = Told(other.offer("a"))
@@ -380,7 +380,7 @@ def test_a_site_in_the_folder_of_another_federation_is_refused_each_time_and_end
 
 def test_a_site_that_has_joined_takes_nothing_of_another_federation(model: Path, rows: Path, tmp_path: Path) -> None:
     federation = Federation(recipe_of(model, rows, tmp_path), {"a": 4})
-    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other")
+    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other", None)
     site = federation.site("a")
     federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
     task = Told(other.offer("a"))

@@ -59,7 +59,7 @@ class Federation:
         recipe = tiny_recipe(model, tiny_rows(folder / "rows.jsonl", 24), folder / "fed", federated=settings)
         prepared = prepare_run(recipe_of_rounds(recipe))
         base = open_base(prepared, folder / "fed", lambda text: None)
-        self.coordinator = Coordinator(prepared.recipe, dict.fromkeys(names, 4), folder / "fed")
+        self.coordinator = Coordinator(prepared.recipe, dict.fromkeys(names, 4), folder / "fed", None)
         self.sites = {name: Site(base, name, prepared.data.train, folder / name, [], False) for name in names}
         self.said: list[str] = []
 

@@ -53,7 +53,13 @@ def test_given_again_a_finished_simulation_has_nothing_to_do(simulate):
     again = simulate("--clients", 2, "--json").ok()
     assert "round 1/2" not in again.err and "all 2 rounds are done already" in again.err
     assert again.json == first, "with the time it took then"
-    simulate("--clients", 3).refused("fed holds rounds of another recipe or other sites")
+    assert first["split"] == "even"
+    simulate("--clients", 3).refused("fed holds rounds of other sites or ranks")
+    simulate("--clients", 2, "--ranks", "2,4").refused("fed holds rounds of other sites or ranks")
+    simulate("--clients", 2, "lora_alpha=3").refused("fed holds rounds of another recipe")
+    simulate("--clients", 2, "--split", "by:prompt").refused("another --split (even, not by:prompt)")
+    tiny_rows(Path("rows.jsonl"), 40, seed=1)
+    simulate("--clients", 2).refused("fed holds rounds of other rows")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from thriftune.federated.aggregate import (
 )
 from thriftune.federated.message import Header, MessageError, expect, open_message, pack, update_of
 from thriftune.federated.privacy import private_mean
-from thriftune.federated.records import CoordinatorState, FederatedRound, SiteRound
+from thriftune.federated.records import CoordinatorState, FederatedRound, Shares, SiteRound
 from thriftune.federated.site import check_recipe, terms_of
 from thriftune.methods import METHODS
 from thriftune.recipe import Recipe
@@ -46,15 +46,18 @@ class QuorumError(ThriftuneError):
 
 
 class Coordinator:
-    def __init__(self, recipe: Recipe, sites: Mapping[str, int], folder: Path) -> None:
-        """Start, or go on with the rounds in `folder`. Raises InputError when they are of another recipe or sites."""
+    def __init__(self, recipe: Recipe, sites: Mapping[str, int], folder: Path, shares: Shares | None) -> None:
+        """Start, or go on with the rounds in `folder`. `sites`: site -> rank; `shares`: the rows of a simulation's.
+
+        Raises InputError when the rounds in `folder` are of another recipe, other sites or other shares.
+        """
         check_recipe(recipe)
         _check_sites(recipe, sites)
         self.recipe, self.sites, self.folder = recipe, dict(sites), folder
         self._loaded, self._model = start_of(recipe)
         self._places = find_places(self._model)
         self._shapes = self._places.shapes()
-        self.state = self._take_up()
+        self.state = self._take_up(shares)
         self.current: Adapter = self._places.read()
         self._tickets: dict[str, str] = {}
         self._updates: dict[str, Update] = {}
@@ -198,7 +201,7 @@ class Coordinator:
             do="start the missing sites and give the same command again: it goes on with this round",
         )
 
-    def _take_up(self) -> CoordinatorState:
+    def _take_up(self, shares: Shares | None) -> CoordinatorState:
         path = self.folder / STATE
         if not path.exists():
             state = CoordinatorState(
@@ -206,16 +209,22 @@ class Coordinator:
                 places=self._places.fingerprint(),
                 recipe=self.recipe,
                 sites=self.sites,
+                shares=shares,
             )
             self._write_adapter(0)
             write_record(path, state)
             return state
         state = read_record(path, CoordinatorState)
-        if (state.recipe, state.sites, state.places) != (self.recipe, self.sites, self._places.fingerprint()):
+        same_model = (state.recipe, state.places) == (self.recipe, self._places.fingerprint())
+        others = ["another recipe"] * (not same_model) + ["other sites or ranks"] * (state.sites != self.sites)
+        if state.shares != shares:
+            stored, asked = (part.split if part else "none" for part in (state.shares, shares))
+            others.append("other rows" if stored == asked else f"another --split ({stored}, not {asked})")
+        if others:
             raise InputError(
-                given=f"{self.folder} holds rounds of another recipe or other sites",
-                allowed="the same recipe and sites, to go on, or a new folder",
-                do="name another --output, or restore the settings in " + str(path),
+                given=f"{self.folder} holds rounds of {' and '.join(others)}",
+                allowed="the same recipe, sites, ranks, rows and split, to go on, or a new folder",
+                do=f"name another --output, or restore the settings in {path}",
             )
         METHODS["lora"].load(self._model, self._round_folder(state.rounds_done))
         return state

@@ -38,6 +38,13 @@ class FederatedRound(Record):
     )
 
 
+class Shares(Record):
+    """How a simulation shared out its rows: `--split`, and a fingerprint of the rows and of who has which."""
+
+    split: str
+    fingerprint: str
+
+
 class CoordinatorState(Record):
     """Written after every round. `federation` is drawn at the start and stands in every message."""
 
@@ -47,6 +54,7 @@ class CoordinatorState(Record):
     places: str = Field(description="fingerprint of the adapter's names and shapes")
     recipe: Recipe
     sites: dict[str, int] = Field(description="site -> its rank")
+    shares: Shares | None = Field(None, description="of a simulation; between machines each site has its own rows")
     changes: list[float] = Field(default_factory=list, description="norms of the changes taken so far")
     rounds: list[FederatedRound] = Field(default_factory=list)
 
@@ -61,6 +69,7 @@ class FederatedRecord(Record):
     model: str
     method: str
     sites: dict[str, int] = Field(description="site -> its rank")
+    split: str | None = Field(None, description="how the rows were shared out, in a simulation")
     rows: dict[str, int] = Field(default_factory=dict, description="site -> its training rows, in a simulation")
     sides: int = Field(description="in + out features, summed over the adapted matrices")
     rounds: list[FederatedRound]

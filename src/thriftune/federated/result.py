@@ -40,6 +40,7 @@ def record_of(
         model=recipe.model.name,
         method=recipe.method,
         sites=coordinator.sites,
+        split=coordinator.state.shares.split if coordinator.state.shares else None,
         rows=dict(rows),
         sides=coordinator.sides,
         rounds=rounds,

@@ -54,7 +54,7 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
     recipe = recipe_of_rounds(asked.recipe)
     recipe = recipe.resolved("lora" if recipe.method == "auto" else recipe.method, str(asked.output))
     sites = {site: asked.ranks.get(site, recipe.lora.r) for site in keys.sites}
-    coordinator = Coordinator(recipe, sites, asked.output)
+    coordinator = Coordinator(recipe, sites, asked.output, None)
     done_before = coordinator.is_done and (asked.output / RECORD).exists()
     with CoordinatorLink(keys, asked.host, asked.port, asked.output / "flower") as link:
         where = f"round {coordinator.round + 1} of {recipe.federated.rounds}"

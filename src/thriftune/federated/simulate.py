@@ -6,6 +6,8 @@ travels (docs/decisions/0011). The data set is read once and shared out as `--sp
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from pathlib import Path
 from thriftune.data import Example
 from thriftune.errors import InputError
 from thriftune.federated.coordinator import Coordinator
-from thriftune.federated.records import FederatedRecord, FederatedRound
+from thriftune.federated.records import FederatedRecord, FederatedRound, Shares
 from thriftune.federated.result import RECORD, record_of, round_line, write_result
 from thriftune.federated.site import Base, Site, eval_loss, open_base, recipe_of_rounds
 from thriftune.federated.split import read_split, share_out
@@ -51,8 +53,10 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     ranks = {
         name: (asked.ranks or [recipe.lora.r])[place % max(1, len(asked.ranks))] for place, name in enumerate(names)
     }
-    examples = _share(prepared, share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed), names)
-    coordinator = Coordinator(recipe, ranks, output)
+    who_has = share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed)
+    examples = _share(prepared, who_has, names)
+    shares = Shares(split=asked.split, fingerprint=_fingerprint(prepared, who_has))
+    coordinator = Coordinator(recipe, ranks, output, shares)
     if coordinator.is_done and (output / RECORD).exists():
         say(f"all {coordinator.round} rounds are done already")
         return read_record(output / RECORD, FederatedRecord)
@@ -95,6 +99,12 @@ def _site(base: Base, name: str, examples: Sequence[Example], output: Path) -> S
     folder = output / "sites" / name
     folder.mkdir(parents=True, exist_ok=True)
     return Site(base, name, examples, folder, [MetricsFile(folder / "metrics.jsonl")], keeps=False)
+
+
+def _fingerprint(prepared: Prepared, who_has: Sequence[Sequence[int]]) -> str:
+    """Equal where the same rows, as tokens, lie at the same sites."""
+    text = json.dumps([prepared.data.audit.fingerprint, who_has])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _share(prepared: Prepared, shares: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, list[Example]]:
