@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from command_line import Outcome, runner
 from small_models import make_model
+from thriftune.federated.coordinator import Coordinator
 from thriftune.federated.records import FederatedRecord
 from thriftune.records import read_record
 from tiny import tiny_rows
@@ -60,6 +63,24 @@ def test_given_again_a_finished_simulation_has_nothing_to_do(simulate):
     simulate("--clients", 2, "--split", "by:prompt").refused("another --split (even, not by:prompt)")
     tiny_rows(Path("rows.jsonl"), 40, seed=1)
     simulate("--clients", 2).refused("fed holds rounds of other rows")
+
+
+@pytest.mark.parametrize("named", [[], ["-o", "mine"]])
+def test_a_simulation_that_was_stopped_says_how_to_go_on(simulate, monkeypatch, capsys, base, named):
+    """Without --output the same command would begin in a folder of its own."""
+    run, close = runner(monkeypatch, capsys), Coordinator.close
+    words = ["federate", "simulate", base, "--data", "rows.jsonl", "--method", "lora", *ROUNDS, "--clients", 2]
+
+    def close_and_stop(*arguments):
+        close(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as once:
+        once.setattr(Coordinator, "close", close_and_stop)
+        told = run(*words, *named).refused("rounds that are done are kept", code=143)
+    assert ("give the same command again: it goes on" in told) == bool(named)
+    folder = named or ["--output", re.search(r"with --output (runs/\S+): it goes on", told)[1]]
+    assert "going on after round 1" in run(*words, *folder).ok().err
 
 
 @pytest.mark.parametrize(

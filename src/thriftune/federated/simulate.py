@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from thriftune.data import Example
-from thriftune.errors import InputError
+from thriftune.errors import InputError, StoppedBySignal
 from thriftune.federated.coordinator import Coordinator
 from thriftune.federated.records import FederatedRecord, FederatedRound, Shares
 from thriftune.federated.result import RECORD, record_of, round_line, write_result
@@ -42,7 +44,8 @@ class Simulation:
 def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     """Run all rounds and leave a folder as a run does: recipe.yaml, adapter/, record.json; beside them rounds/, sites/.
 
-    Given again, it goes on after the last round that was written. The sites' optimizers then start anew.
+    Given again with the same output, it goes on after the last round that was written. The sites' optimizers then start
+    anew. Raises InputError when that folder holds another federation.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     split = read_split(asked.split)
@@ -56,32 +59,49 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     who_has = share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed)
     examples = _share(prepared, who_has, names)
     shares = Shares(split=asked.split, fingerprint=_fingerprint(prepared, who_has))
-    coordinator = Coordinator(recipe, ranks, output, shares)
-    if coordinator.is_done and (output / RECORD).exists():
-        say(f"all {coordinator.round} rounds are done already")
-        return read_record(output / RECORD, FederatedRecord)
-    if coordinator.round:
-        say(f"going on after round {coordinator.round}; the sites' optimizers start anew")
-    base = open_base(prepared, output, say)
-    if base.places.fingerprint() != coordinator.state.places:
-        raise AssertionError("the adapter over the weights is not the one over the shapes")
-    say(f"path: {base.path.name} ({base.path_reason})")
-    for name in names:
-        say(f"{name}: {len(examples[name]):,} rows, rank {ranks[name]}")
-    sites = [_site(base, name, examples[name], output) for name in names]
-    while not coordinator.is_done:
-        say(round_line(_round(coordinator, base, sites), recipe))
-    record = record_of(
-        coordinator,
-        transport="simulated",
-        rows={name: len(examples[name]) for name in names},
-        wall_s=time.perf_counter() - clock,
-        device=prepared.device,
-        command=asked.command,
-        started=started,
-    )
-    write_result(output, record)
-    return record
+    with _stop_naming(output, asked.recipe.output is not None):
+        coordinator = Coordinator(recipe, ranks, output, shares)
+        if coordinator.is_done and (output / RECORD).exists():
+            say(f"all {coordinator.round} rounds are done already")
+            return read_record(output / RECORD, FederatedRecord)
+        if coordinator.round:
+            say(f"going on after round {coordinator.round}; the sites' optimizers start anew")
+        base = open_base(prepared, output, say)
+        if base.places.fingerprint() != coordinator.state.places:
+            raise AssertionError("the adapter over the weights is not the one over the shapes")
+        say(f"path: {base.path.name} ({base.path_reason})")
+        for name in names:
+            say(f"{name}: {len(examples[name]):,} rows, rank {ranks[name]}")
+        sites = [_site(base, name, examples[name], output) for name in names]
+        while not coordinator.is_done:
+            say(round_line(_round(coordinator, base, sites), recipe))
+        record = record_of(
+            coordinator,
+            transport="simulated",
+            rows={name: len(examples[name]) for name in names},
+            wall_s=time.perf_counter() - clock,
+            device=prepared.device,
+            command=asked.command,
+            started=started,
+        )
+        write_result(output, record)
+        return record
+
+
+@contextmanager
+def _stop_naming(output: Path, was_named: bool) -> Iterator[None]:
+    """A stop says how to go on: without --output the same command would begin in a new folder."""
+    try:
+        yield
+    except StoppedBySignal as stopped:
+        if was_named:
+            raise
+        raise StoppedBySignal(
+            signal_number=stopped.signal_number,
+            given=stopped.given,
+            allowed=stopped.allowed,
+            do=f"give the same command again with --output {shlex.quote(str(output))}: it goes on",
+        ) from None
 
 
 def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> FederatedRound:
