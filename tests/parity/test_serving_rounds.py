@@ -15,6 +15,8 @@ import pytest
 from thriftune.federated import serve
 from thriftune.federated.coordinator import Coordinator
 from thriftune.federated.flower.coordinator import Reply
+from thriftune.federated.keys import make_keys
+from thriftune.federated.message import open_message
 from thriftune.federated.site import Site, open_base, recipe_of_rounds
 from thriftune.run import prepare_run
 from tiny import tiny_model, tiny_recipe, tiny_rows
@@ -50,6 +52,12 @@ class Room:
 
     def traffic(self) -> dict[str, int]:
         return {"bytes_down": 0, "bytes_up": 0}
+
+    def __enter__(self) -> Room:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class Federation:
@@ -151,3 +159,43 @@ def test_after_the_last_round_a_site_that_comes_late_gets_the_result(tmp_path: P
     serve._say_goodbye(federation.coordinator, room, {"a", "b", "c"})  # type: ignore[arg-type]
     assert room.offered == ["a", "b"] == list(results)
     assert (results["b"] / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_given_again_after_the_last_round_all_sites_get_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """Also when it was killed before the record was written. At the start no site is connected yet."""
+    pytest.importorskip("cryptography", reason="cryptography (the extra federated) is not installed")
+    make_keys(tmp_path / "certs", ["a", "b"], ["localhost"])
+    recipe = tiny_recipe(
+        tiny_model(tmp_path / "model"), tiny_rows(tmp_path / "rows.jsonl", 24), tmp_path / "fed",
+        federated={"rounds": 1, "local_steps": 1}, train={"max_steps": 1},
+    )  # fmt: skip
+    asked = serve.Serving(recipe, tmp_path / "certs", {}, "127.0.0.1", 8000, tmp_path / "fed", "serve")
+    prepared = prepare_run(recipe_of_rounds(recipe))
+    base = open_base(prepared, tmp_path / "base", lambda text: None)
+    sites = {name: Site(base, name, prepared.data.train, tmp_path / name, [], False) for name in ("a", "b")}
+    looks = iter([False] * 3)
+
+    def answer(site: str, message: bytes) -> bytes:
+        if open_message(message).header.kind == "end":
+            (tmp_path / f"{site} has it").touch()
+            return b""
+        return sites[site].answer(message)
+
+    def room(*_: object) -> Room:
+        return Room(["a", "b"], lambda name: next(looks, True), answer)
+
+    monkeypatch.setattr(serve, "CoordinatorLink", room)
+    record = serve.serve(asked, lambda text: None)
+    for name in sites:
+        (tmp_path / f"{name} has it").unlink()
+    if not recorded:
+        (tmp_path / "fed" / "record.json").unlink()
+    looks, said = iter([False] * 3), list[str]()
+    again = serve.serve(asked, said.append)
+    assert "all 1 rounds are done; waiting" in said[0]
+    assert all((tmp_path / f"{name} has it").exists() for name in sites)
+    assert again.rounds == record.rounds and (again == record) == recorded
+    assert (tmp_path / "fed" / "record.json").exists()

@@ -55,7 +55,7 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
     recipe = recipe.resolved("lora" if recipe.method == "auto" else recipe.method, str(asked.output))
     sites = {site: asked.ranks.get(site, recipe.lora.r) for site in keys.sites}
     coordinator = Coordinator(recipe, sites, asked.output, None)
-    done_before = coordinator.is_done and (asked.output / RECORD).exists()
+    done_before = coordinator.is_done
     with CoordinatorLink(keys, asked.host, asked.port, asked.output / "flower") as link:
         where = f"round {coordinator.round + 1} of {recipe.federated.rounds}"
         if done_before:
@@ -66,7 +66,7 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
             say(round_line(_round(coordinator, link, say), recipe))
         meter = link.traffic()
         _say_goodbye(coordinator, link, set(sites) if done_before else link.online())
-    if done_before:
+    if done_before and (asked.output / RECORD).exists():
         return read_record(asked.output / RECORD, FederatedRecord)
     record = record_of(
         coordinator,
