@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,15 @@ def test_with_noise_the_privacy_loss_is_told(simulate):
     told = simulate(*words, "--json").ok().json
     assert 0.0 < told["epsilon"] < 2.0
     assert [site["loss"] for site in told["rounds"][0]["sites"]] == [None] * 3
+
+
+def test_noise_whose_privacy_loss_cannot_be_told_is_refused_before_a_round(simulate, monkeypatch, capsys, base):
+    pytest.importorskip("cryptography", reason="cryptography (the extra federated) is not installed")
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    words = ["aggregation=ffa", "clip_norm=0.1", "noise_multiplier=4"]
+    simulate("--clients", 2, *words).refused("dp-accounting is not installed")
+    run = runner(monkeypatch, capsys)
+    run("federate", "keys", "--sites", "a", "-o", "certs").ok()
+    serving = ["federate", "serve", base, "--certificates", "certs", "-o", "fed", *words]
+    run(*serving).refused("dp-accounting is not installed")
+    assert not Path("fed").exists()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from thriftune.federated.coordinator import Coordinator
-from thriftune.federated.privacy import epsilon_of
+from thriftune.federated.privacy import loss_of
 from thriftune.federated.records import FederatedRecord, FederatedRound
 from thriftune.machine import hardware, versions
 from thriftune.recipe import Recipe, dump_yaml
@@ -32,8 +32,6 @@ def record_of(
 ) -> FederatedRecord:
     """Write the result and return the record of a federation whose rounds are done."""
     recipe, rounds = coordinator.recipe, coordinator.state.rounds
-    settings = recipe.federated
-    private = settings.clip_norm is not None
     return FederatedRecord(
         transport=transport,
         federation=coordinator.state.federation,
@@ -47,7 +45,7 @@ def record_of(
         bytes_down=sum(site.bytes_down for entry in rounds for site in entry.sites),
         bytes_up=sum(site.bytes_up for entry in rounds for site in entry.sites),
         meter=dict(meter or {}),
-        epsilon=epsilon_of(settings.noise_multiplier, len(rounds), settings.delta) if private else None,
+        epsilon=loss_of(recipe.federated),
         adapter=str(coordinator.finish()),
         wall_s=wall_s,
         recipe=recipe,

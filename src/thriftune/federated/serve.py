@@ -15,6 +15,7 @@ from thriftune.federated.coordinator import Coordinator, QuorumError
 from thriftune.federated.flower.coordinator import CoordinatorLink, Reply
 from thriftune.federated.keys import read_coordinator_keys
 from thriftune.federated.message import MessageError
+from thriftune.federated.privacy import loss_of
 from thriftune.federated.records import FederatedRecord, FederatedRound
 from thriftune.federated.result import RECORD, record_of, round_line, write_result
 from thriftune.federated.site import recipe_of_rounds
@@ -52,6 +53,7 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
             do="correct the name",
         )
     recipe = recipe_of_rounds(asked.recipe)
+    loss_of(recipe.federated)  # for its refusal: without the accountant all rounds would be trained in vain
     recipe = recipe.resolved("lora" if recipe.method == "auto" else recipe.method, str(asked.output))
     sites = {site: asked.ranks.get(site, recipe.lora.r) for site in keys.sites}
     coordinator = Coordinator(recipe, sites, asked.output, None)

@@ -19,6 +19,7 @@ from pathlib import Path
 from thriftune.data import Example
 from thriftune.errors import InputError, StoppedBySignal
 from thriftune.federated.coordinator import Coordinator
+from thriftune.federated.privacy import loss_of
 from thriftune.federated.records import FederatedRecord, FederatedRound, Shares
 from thriftune.federated.result import RECORD, record_of, round_line, write_result
 from thriftune.federated.site import Base, Site, eval_loss, open_base, recipe_of_rounds
@@ -49,7 +50,9 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     split = read_split(asked.split)
-    prepared = prepare_run(recipe_of_rounds(asked.recipe), force=asked.force)
+    recipe = recipe_of_rounds(asked.recipe)
+    loss_of(recipe.federated)  # for its refusal: without the accountant all rounds would be trained in vain
+    prepared = prepare_run(recipe, force=asked.force)
     recipe = prepared.recipe
     output = Path(recipe.output or "")
     names = [f"site-{number + 1}" for number in range(asked.clients)]
