@@ -131,6 +131,18 @@ def test_ends_without_their_keys_are_refused(monkeypatch, capsys, tmp_path, base
     run("federate", "serve", base, *words).refused("--ranks names c", "the sites a, b")
 
 
+@pytest.mark.parametrize("place", ["/dev/null/x", "rows.jsonl"])
+def test_places_that_cannot_be_written_to(simulate, monkeypatch, capsys, base, place):
+    pytest.importorskip("cryptography", reason="cryptography (the extra federated) is not installed")
+    simulate("-o", place).refused(f"{place} cannot be written to", "a folder you may write to")
+    run = runner(monkeypatch, capsys)
+    run("federate", "keys", "--sites", "a", "-o", place).refused(f"{place} cannot be written to")
+    run("federate", "keys", "--sites", "a", "-o", "certs").ok()
+    run("federate", "serve", base, "--certificates", "certs", "-o", place).refused(f"{place} cannot be written to")
+    joining = ["--data", "rows.jsonl", "--server", "localhost:1", "--certificates", "certs/sites/a", "-o", place]
+    run("federate", "join", base, *joining).refused(f"{place} cannot be written to")
+
+
 def test_with_noise_the_privacy_loss_is_told(simulate):
     pytest.importorskip("dp_accounting", reason="dp-accounting (the extra federated) is not installed")
     words = ["--clients", 3, "aggregation=ffa", "clip_norm=0.1", "noise_multiplier=4"]

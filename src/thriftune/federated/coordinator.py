@@ -29,6 +29,7 @@ from thriftune.federated.aggregate import (
     refuse_unusable,
     trained_half,
 )
+from thriftune.federated.folders import writing_to
 from thriftune.federated.message import Header, MessageError, expect, open_message, pack, update_of
 from thriftune.federated.privacy import private_mean
 from thriftune.federated.records import CoordinatorState, FederatedRound, Shares, SiteRound
@@ -49,7 +50,8 @@ class Coordinator:
     def __init__(self, recipe: Recipe, sites: Mapping[str, int], folder: Path, shares: Shares | None) -> None:
         """Start, or go on with the rounds in `folder`. `sites`: site -> rank; `shares`: the rows of a simulation's.
 
-        Raises InputError when the rounds in `folder` are of another recipe, other sites or other shares.
+        Raises InputError when the rounds in `folder` are of another recipe, other sites or other shares, OutputError
+        when it cannot be written to.
         """
         check_recipe(recipe)
         _check_sites(recipe, sites)
@@ -245,10 +247,11 @@ class Coordinator:
         folder = self._round_folder(number)
         aside = folder.with_name(f".{number}.{os.getpid()}.writing")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        METHODS["lora"].save(self._model, aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with writing_to(self.folder):
+            aside.mkdir(parents=True)
+            METHODS["lora"].save(self._model, aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)

@@ -19,6 +19,7 @@ from pathlib import Path
 from thriftune.data import Example
 from thriftune.errors import InputError, StoppedBySignal
 from thriftune.federated.coordinator import Coordinator
+from thriftune.federated.folders import writing_to
 from thriftune.federated.privacy import loss_of
 from thriftune.federated.records import FederatedRecord, FederatedRound, Shares
 from thriftune.federated.result import RECORD, record_of, round_line, write_result
@@ -120,7 +121,8 @@ def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> Feder
 
 def _site(base: Base, name: str, examples: Sequence[Example], output: Path) -> Site:
     folder = output / "sites" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(output):
+        folder.mkdir(parents=True, exist_ok=True)
     return Site(base, name, examples, folder, [MetricsFile(folder / "metrics.jsonl")], keeps=False)
 
 
