@@ -40,7 +40,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(model: Path, rows: Path, output: Path, *, rounds: int = 3, **sections: Any) -> Recipe:
     federated = {"rounds": rounds, "local_steps": 2, **sections.pop("federated", {})}
-    return tiny_recipe(model, rows, output, federated=federated, **sections)
+    steps = federated["rounds"] * federated["local_steps"]
+    return tiny_recipe(model, rows, output, federated=federated, train={"max_steps": steps}, **sections)
 
 
 def run_simulation(recipe: Recipe, clients: int, split: str = "even", ranks: Sequence[int] = ()) -> FederatedRecord:

@@ -64,7 +64,8 @@ class Federation:
     def __init__(self, folder: Path, names: list[str], **federated: Any) -> None:
         model = tiny_model(folder / "model")
         settings = {"rounds": 2, "local_steps": 1, **federated}
-        recipe = tiny_recipe(model, tiny_rows(folder / "rows.jsonl", 24), folder / "fed", federated=settings)
+        rows = tiny_rows(folder / "rows.jsonl", 24)
+        recipe = tiny_recipe(model, rows, folder / "fed", federated=settings, train={"max_steps": settings["rounds"]})
         prepared = prepare_run(recipe_of_rounds(recipe))
         base = open_base(prepared, folder / "fed", lambda text: None)
         self.coordinator = Coordinator(prepared.recipe, dict.fromkeys(names, 4), folder / "fed", None)

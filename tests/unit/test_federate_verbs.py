@@ -93,6 +93,8 @@ def test_a_simulation_that_was_stopped_says_how_to_go_on(simulate, monkeypatch, 
         (["--ranks", "4,x"], "--ranks 4,x"),
         (["--ranks", "8"], "a site of rank 8, and lora.r 4"),
         (["--ranks", "2,4", "aggregation=ffa"], "aggregation ffa"),
+        (["max_steps=6"], "train.max_steps=6: a site makes federated.rounds x federated.local_steps = 2 steps"),
+        (["epochs=3"], "train.num_train_epochs=3: a site makes"),
         (["clip_norm=1.0"], "use federated.aggregation rolora or ffa"),
         *(
             ([f"lora.init_lora_weights={start}"], "use true, gaussian or orthogonal")
@@ -129,6 +131,13 @@ def test_ends_without_their_keys_are_refused(monkeypatch, capsys, tmp_path, base
         run("federate", "join", base, *of_a).refused(f"--server {server}", "HOST:PORT")
     words = ["--certificates", tmp_path / "certs", "--ranks", "a=4,c=4", "-o", tmp_path / "fed"]
     run("federate", "serve", base, *words).refused("--ranks names c", "the sites a, b")
+
+
+def test_the_steps_of_all_rounds_may_be_written_out(simulate):
+    """So the recipe that a federation leaves can be given again, with the epochs and steps that it has."""
+    first = simulate("--clients", 2, "max_steps=2", "epochs=3", "--json").ok().json
+    again = simulate("--clients", 2, "--config", "fed/recipe.yaml", "--json").ok()
+    assert "are done already" in again.err and again.json == first
 
 
 @pytest.mark.parametrize("place", ["/dev/null/x", "rows.jsonl"])

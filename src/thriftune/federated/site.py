@@ -60,7 +60,7 @@ class Base:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise RecipeError for what sites cannot do together."""
+    """Raise RecipeError for what sites cannot do together, and for a length of the run that they would not keep to."""
     problems = recipe.federated.contradictions()
     if recipe.method not in ("auto", "lora", "qlora"):
         problems.append(f"method {recipe.method}: sites share an adapter of one rank; use method lora, qlora or auto")
@@ -71,8 +71,20 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.train.weight_decay:
         problems.append("train.weight_decay would shrink what a site does not train; leave it at 0")
+    steps = _steps_of_rounds(recipe)
+    if recipe.train.max_steps != steps:  # a recipe that recipe_of_rounds has been through has them
+        problems += [
+            f"train.{key}={getattr(recipe.train, key):g}: a site makes federated.rounds x federated.local_steps = "
+            f"{steps} steps; drop it, or write train.max_steps={steps}"
+            for key in ("max_steps", "num_train_epochs")
+            if key in recipe.train.model_fields_set
+        ]
     if problems:
         raise RecipeError(problems, "the recipe")
+
+
+def _steps_of_rounds(recipe: Recipe) -> int:
+    return recipe.federated.rounds * recipe.federated.local_steps
 
 
 def terms_of(recipe: Recipe) -> str:
@@ -84,8 +96,7 @@ def terms_of(recipe: Recipe) -> str:
 def recipe_of_rounds(recipe: Recipe) -> Recipe:
     """The recipe with its number of steps: those of all rounds."""
     check_recipe(recipe)
-    steps = recipe.federated.rounds * recipe.federated.local_steps
-    return recipe.replace(train={"max_steps": steps})
+    return recipe.replace(train={"max_steps": _steps_of_rounds(recipe)})
 
 
 def open_base(prepared: Prepared, output: Path, say: Callable[[str], None]) -> Base:
