@@ -35,6 +35,7 @@ class Room:
         return {name for name in self.names if self.here(name)}
 
     def send(self, site: str, data: bytes) -> None:
+        assert site not in self.waiting, "an offer behind another one"
         self.offered.append(site)
         self.waiting[site] = data
 
@@ -46,6 +47,9 @@ class Room:
                 del self.waiting[site]
                 found.append(Reply(site, b"", said) if isinstance(said, str) else Reply(site, said, ""))
         return found
+
+    def owing(self) -> set[str]:
+        return set(self.waiting)
 
     def forget(self) -> None:
         self.waiting.clear()
@@ -126,6 +130,40 @@ def test_what_a_late_site_sends_of_the_last_round_is_refused_by_its_name(tmp_pat
     done = federation.round(room)
     assert done.updates == 2 and "refused: the message of site b: round 0, not 1" in federation.said
     assert next(site.refused for site in done.sites if site.site == "b") == "the message of site b: round 0, not 1"
+
+
+def test_a_straggler_gets_no_offer_behind_another_and_catches_up(tmp_path: Path) -> None:
+    """Site b needs two rounds for its first answer, and is not waited for in the second; then it is one of three."""
+    federation = Federation(tmp_path, ["a", "b", "c"], rounds=4, round_timeout_s=1.0)
+    room = Room(
+        ["a", "b", "c"],
+        lambda name: True,
+        lambda site, offer: (
+            None if site == "b" and room.offered.count("a") < 3 else federation.sites[site].answer(offer)
+        ),
+    )
+    assert [federation.round(room).updates for _ in range(4)] == [2, 2, 3, 3]
+    assert room.offered == ["a", "b", "c", "a", "c", "a", "c", "b", "a", "b", "c"]
+    assert [text for text in federation.said if "time is up" in text] == ["round 1: time is up, without b"]
+    assert federation.said.count("site b answered an earlier offer, too late to be used") == 1
+
+
+def test_a_round_waits_for_what_is_owed_where_there_is_no_quorum_without_it(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, ["a", "b"], round_timeout_s=1.0, quorum=1.0)
+    looks = 0
+
+    def answer(site: str, offer: bytes) -> bytes | str | None:
+        nonlocal looks
+        looks += site == "b"
+        if site == "b" and len(room.offered) < 4:  # until a has had its second offer, and some more
+            return None if len(room.offered) < 3 or looks % 20 else "site b: Error: it broke"
+        return federation.sites[site].answer(offer)
+
+    room = Room(["a", "b"], lambda name: True, answer)
+    assert federation.round(room).updates == 2
+    assert room.offered == ["a", "b", "a", "b"]
+    assert len([text for text in federation.said if "begins anew" in text]) == 1
+    assert "site b: Error: it broke" in federation.said
 
 
 def test_a_round_without_a_quorum_begins_anew_and_waits_for_sites(tmp_path: Path) -> None:

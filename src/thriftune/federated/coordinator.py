@@ -85,6 +85,15 @@ class Coordinator:
         refused = {entry.site for entry in self._refused}
         return [site for site in self._tickets if site not in self._updates and site not in refused]
 
+    @property
+    def needed(self) -> float:
+        """How many sites' updates a round needs at least."""
+        return self.recipe.federated.quorum * len(self.sites)
+
+    @property
+    def has_enough(self) -> bool:
+        return len(self._updates) >= self.needed
+
     def offer(self, site: str) -> bytes:
         """The message that asks a site for its update in this round; the offer before it is void."""
         self._tickets[site] = secrets.token_hex(8)
@@ -192,14 +201,13 @@ class Coordinator:
         return result
 
     def _check_quorum(self, updates: int, refused: list[Refused]) -> None:
-        needed = self.recipe.federated.quorum * len(self.sites)
-        if updates >= needed:
+        if updates >= self.needed:
             return
         self._tickets, self._updates, self._sent, self._refused = {}, {}, {}, []
         why = "".join(f"; {entry.reason}" for entry in refused)
         raise QuorumError(
             given=f"round {self.round + 1} has {updates} of {len(self.sites)} sites' updates{why}",
-            allowed=f"{needed:g} or more (federated.quorum {self.recipe.federated.quorum:g})",
+            allowed=f"{self.needed:g} or more (federated.quorum {self.recipe.federated.quorum:g})",
             do="start the missing sites and give the same command again: it goes on with this round",
         )
 

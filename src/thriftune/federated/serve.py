@@ -90,7 +90,6 @@ def _round(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str],
         _wait_for_quorum(coordinator, link, say)
         before = link.traffic()
         _collect(coordinator, link, say)
-        link.forget()
         moved = {way: count - before[way] for way, count in link.traffic().items()}
         try:
             return coordinator.close(lambda: None, moved)
@@ -100,9 +99,8 @@ def _round(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str],
 
 
 def _wait_for_quorum(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str], None]) -> None:
-    needed = coordinator.recipe.federated.quorum * len(coordinator.sites)
     told: set[str] | None = None
-    while len(online := link.online()) < needed:
+    while len(online := link.online()) < coordinator.needed:
         if online != told:
             say(f"waiting for sites: {', '.join(sorted(online)) or 'none'} of {', '.join(coordinator.sites)} are here")
             told = online
@@ -110,19 +108,27 @@ def _wait_for_quorum(coordinator: Coordinator, link: CoordinatorLink, say: Calla
 
 
 def _collect(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str], None]) -> None:
-    """Offer the adapter to every site that is there or comes, until all offered have answered or time is up."""
+    """Offer the adapter to every site that is there or comes, until all offered have answered or time is up.
+
+    A site that still owes an answer to an earlier offer gets none behind it: it would work through them in order, and
+    each answer would come too late. When it has answered, or failed, it is offered this round. It is waited for only
+    while there is no quorum without it.
+    """
     ends = time.monotonic() + coordinator.recipe.federated.round_timeout_s
     offered: set[str] = set()
     while time.monotonic() < ends:
-        for site in sorted(link.online() - offered):
+        for reply in link.receive():
+            if reply.site in offered:
+                _take(coordinator, reply, say)
+            else:
+                say(reply.error or f"site {reply.site} answered an earlier offer, too late to be used")
+        for site in sorted(link.online() - offered - link.owing()):
             link.send(site, coordinator.offer(site))
             offered.add(site)
-        for reply in link.receive():
-            _take(coordinator, reply, say)
-        if not coordinator.waits_for:
+        if not coordinator.waits_for and (coordinator.has_enough or not link.owing()):
             return
         time.sleep(POLL_S)
-    say(f"round {coordinator.round + 1}: time is up, without {', '.join(coordinator.waits_for)}")
+    say(f"round {coordinator.round + 1}: time is up, without {', '.join(sorted(link.owing()))}")
 
 
 def _take(coordinator: Coordinator, reply: Reply, say: Callable[[str], None]) -> None:
@@ -138,6 +144,7 @@ def _take(coordinator: Coordinator, reply: Reply, say: Callable[[str], None]) ->
 
 def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink, sites: set[str]) -> None:
     """Give the result to these sites, as soon as they are there, and wait a little for their thanks."""
+    link.forget()  # an answer that is still owed would be taken for thanks
     waiting, told = set(sites), set[str]()
     ends = time.monotonic() + GOODBYE_S
     while waiting and time.monotonic() < ends:
