@@ -171,7 +171,7 @@ class Coordinator:
         self._check_quorum(len(taken), refused)
         if rounds.clip_norm:
             half = trained_half(rounds.aggregation, self.round)
-            adapter, kept = private_mean(self.current, taken, half, rounds, len(self.sites)), 1.0
+            adapter, kept = private_mean(self.current, taken, half, rounds, len(self.sites)), None
         else:
             merged = aggregate(rounds.aggregation, self.current, taken)
             adapter, kept = merged.adapter, merged.energy_kept
@@ -208,7 +208,7 @@ class Coordinator:
         raise QuorumError(
             given=f"round {self.round + 1} has {updates} of {len(self.sites)} sites' updates{why}",
             allowed=f"{self.needed:g} or more (federated.quorum {self.recipe.federated.quorum:g})",
-            do="start the missing sites and give the same command again: it goes on with this round",
+            do=f"mend what keeps the others out and give the federation in {self.folder} again: this round begins anew",
         )
 
     def _take_up(self, shares: Shares | None) -> CoordinatorState:

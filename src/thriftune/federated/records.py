@@ -30,7 +30,9 @@ class FederatedRound(Record):
     round: int = Field(description="from 1")
     sites: list[SiteRound]
     updates: int = Field(description="that were taken")
-    energy_kept: float = Field(description="share of the exact mean's squared norm that the global rank holds")
+    energy_kept: float | None = Field(
+        description="share of the exact mean's squared norm that was kept when it was cut; None: it was not cut"
+    )
     eval_loss: float | None = None
     meter: dict[str, int] = Field(
         default_factory=dict,

@@ -65,7 +65,7 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
         ranked = ", ".join(f"{site} (rank {rank})" for site, rank in sites.items())
         say(f"serving {asked.host}:{asked.port}, {where}; sites: {ranked}")
         while not coordinator.is_done:
-            say(round_line(_round(coordinator, link, say), recipe))
+            say(round_line(_round(coordinator, link, say), coordinator))
         meter = link.traffic()
         _say_goodbye(coordinator, link, set(sites) if done_before else link.online())
     if done_before and (asked.output / RECORD).exists():

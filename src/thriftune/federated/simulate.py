@@ -78,7 +78,7 @@ def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
             say(f"{name}: {len(examples[name]):,} rows, rank {ranks[name]}")
         sites = [_site(base, name, examples[name], output) for name in names]
         while not coordinator.is_done:
-            say(round_line(_round(coordinator, base, sites), recipe))
+            say(round_line(_round(coordinator, base, sites), coordinator))
         record = record_of(
             coordinator,
             transport="simulated",
