@@ -6,7 +6,7 @@ What carries messages between machines is in test_deployment.py; here it is a li
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +195,17 @@ def test_after_the_last_round_a_site_that_comes_late_gets_the_result(tmp_path: P
         return b""
 
     room = Room(["a", "b", "c"], lambda name: name == "a" or (name == "b" and "a" in results), answer)
-    serve._say_goodbye(federation.coordinator, room, {"a", "b", "c"})  # type: ignore[arg-type]
+    serve._say_goodbye(federation.coordinator, room)  # type: ignore[arg-type]
     assert room.offered == ["a", "b"] == list(results)
     assert (results["b"] / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_given_again_after_the_last_round_all_sites_get_the_result(
+def test_all_sites_get_the_result_and_again_when_it_is_given_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
 ) -> None:
-    """Also when it was killed before the record was written. At the start no site is connected yet."""
+    """Also one that is away when the last round ends, and when serve was killed before the record was written. Started
+    again, no site is connected yet."""
     pytest.importorskip("cryptography", reason="cryptography (the extra federated) is not installed")
     make_keys(tmp_path / "certs", ["a", "b"], ["localhost"])
     recipe = tiny_recipe(
@@ -215,7 +216,7 @@ def test_given_again_after_the_last_round_all_sites_get_the_result(
     prepared = prepare_run(recipe_of_rounds(recipe))
     base = open_base(prepared, tmp_path / "base", lambda text: None)
     sites = {name: Site(base, name, prepared.data.train, tmp_path / name, [], False) for name in ("a", "b")}
-    looks = iter([False] * 3)
+    looks: Iterator[bool] = iter(())
 
     def answer(site: str, message: bytes) -> bytes:
         if open_message(message).header.kind == "end":
@@ -227,8 +228,11 @@ def test_given_again_after_the_last_round_all_sites_get_the_result(
         return Room(["a", "b"], lambda name: next(looks, True), answer)
 
     monkeypatch.setattr(serve, "CoordinatorLink", room)
+    looks = iter([True] * 5 + [False] * 8)  # away at the end of the round
     record = serve.serve(asked, lambda text: None)
+    assert [entry.updates for entry in record.rounds] == [2]
     for name in sites:
+        assert (tmp_path / f"{name} has it").exists()
         (tmp_path / f"{name} has it").unlink()
     if not recorded:
         (tmp_path / "fed" / "record.json").unlink()

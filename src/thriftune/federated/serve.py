@@ -67,7 +67,7 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
         while not coordinator.is_done:
             say(round_line(_round(coordinator, link, say), coordinator))
         meter = link.traffic()
-        _say_goodbye(coordinator, link, set(sites) if done_before else link.online())
+        _say_goodbye(coordinator, link)
     if done_before and (asked.output / RECORD).exists():
         return read_record(asked.output / RECORD, FederatedRecord)
     record = record_of(
@@ -142,10 +142,14 @@ def _take(coordinator: Coordinator, reply: Reply, say: Callable[[str], None]) ->
         say(f"refused: {error.given}")
 
 
-def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink, sites: set[str]) -> None:
-    """Give the result to these sites, as soon as they are there, and wait a little for their thanks."""
+def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink) -> None:
+    """Give the result to all sites, as soon as they are there, and wait a little for them and for their thanks.
+
+    One that took part may be away just now: when the coordinator was started again, SuperNodes find it only after a
+    while.
+    """
     link.forget()  # an answer that is still owed would be taken for thanks
-    waiting, told = set(sites), set[str]()
+    waiting, told = set(coordinator.sites), set[str]()
     ends = time.monotonic() + GOODBYE_S
     while waiting and time.monotonic() < ends:
         for site in sorted(waiting & link.online() - told):
