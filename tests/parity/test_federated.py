@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from thriftune.errors import CheckpointError, InputError
+from thriftune.errors import InputError
 from thriftune.federated.adapter import Places, start_of
 from thriftune.federated.aggregate import Adapter, Factors
 from thriftune.federated.coordinator import Coordinator, QuorumError
-from thriftune.federated.join import _answer
 from thriftune.federated.message import MessageError, factors_of, open_message, pack
 from thriftune.federated.records import FederatedRecord
 from thriftune.federated.result import round_line
@@ -355,46 +354,6 @@ def test_a_restarted_site_goes_on_with_its_optimizer(model: Path, rows: Path, tm
         site = federation.site("a", keeps=True) if restarts else site
         bytes_of.append(open_message(site.answer(federation.coordinator.offer("a"))).body)
     assert bytes_of[0] == bytes_of[1]
-
-
-class Told:
-    """A task that keeps what it was told, in the place of Flower's."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.failed = data, list[str]()
-
-    def fail(self, text: str) -> None:
-        self.failed.append(text)
-
-
-def test_a_site_in_the_folder_of_another_federation_is_refused_each_time_and_ends(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
-    recipe = recipe_of(model, rows, tmp_path, rounds=2)
-    federation = Federation(recipe, {"a": 4})
-    federation.site("a", keeps=True).answer(federation.coordinator.offer("a"))
-    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other", None)
-    again = federation.site("a", keeps=True)
-    for _ in range(2):
-        task = Told(other.offer("a"))
-        with pytest.raises(CheckpointError, match="federation was"):
-            _answer(task, again, tmp_path / "a", lambda text: None)  # type: ignore[arg-type]
-        assert len(task.failed) == 1 and "belongs to another run" in task.failed[0]
-    assert [path.name for path in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_a_site_that_has_joined_takes_nothing_of_another_federation(model: Path, rows: Path, tmp_path: Path) -> None:
-    federation = Federation(recipe_of(model, rows, tmp_path), {"a": 4})
-    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other", None)
-    site = federation.site("a")
-    federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
-    task = Told(other.offer("a"))
-    assert _answer(task, site, tmp_path, lambda text: None) is None  # type: ignore[arg-type]
-    assert f"federation {other.state.federation!r}, not {federation.coordinator.state.federation!r}" in task.failed[0]
-    with pytest.raises(MessageError, match="federation"):
-        site.end(other.end("a"))
-    federation.coordinator.close(lambda: None)
-    federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
 
 
 def test_the_record_has_the_bytes_of_each_site_and_round(model: Path, rows: Path, tmp_path: Path) -> None:

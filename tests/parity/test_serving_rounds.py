@@ -1,4 +1,4 @@
-"""The rounds of `federate serve` with sites that are late, silent or broken: real sites, messages in memory.
+"""The rounds of `federate serve` with sites that are late, silent, broken or astray: real sites, messages in memory.
 
 What carries messages between machines is in test_deployment.py; here it is a list, so that who is there when is known.
 """
@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from thriftune.errors import CheckpointError
 from thriftune.federated import serve
 from thriftune.federated.coordinator import Coordinator
 from thriftune.federated.flower.coordinator import Reply
+from thriftune.federated.join import _answer
 from thriftune.federated.keys import make_keys
-from thriftune.federated.message import open_message
+from thriftune.federated.message import MessageError, open_message
 from thriftune.federated.site import Site, open_base, recipe_of_rounds
 from thriftune.run import prepare_run
 from tiny import tiny_model, tiny_recipe, tiny_rows
@@ -70,11 +72,14 @@ class Federation:
         settings = {"rounds": 2, "local_steps": 1, **federated}
         rows = tiny_rows(folder / "rows.jsonl", 24)
         recipe = tiny_recipe(model, rows, folder / "fed", federated=settings, train={"max_steps": settings["rounds"]})
-        prepared = prepare_run(recipe_of_rounds(recipe))
-        base = open_base(prepared, folder / "fed", lambda text: None)
-        self.coordinator = Coordinator(prepared.recipe, dict.fromkeys(names, 4), folder / "fed", None)
-        self.sites = {name: Site(base, name, prepared.data.train, folder / name, [], False) for name in names}
+        self.prepared, self.folder = prepare_run(recipe_of_rounds(recipe)), folder
+        self.base = open_base(self.prepared, folder / "fed", lambda text: None)
+        self.coordinator = Coordinator(self.prepared.recipe, dict.fromkeys(names, 4), folder / "fed", None)
+        self.sites = {name: self.site(name, keeps=False) for name in names}
         self.said: list[str] = []
+
+    def site(self, name: str, keeps: bool) -> Site:
+        return Site(self.base, name, self.prepared.data.train, self.folder / name, [], keeps)
 
     def round(self, room: Room) -> Any:
         return serve._round(self.coordinator, room, self.said.append)  # type: ignore[arg-type]
@@ -242,3 +247,40 @@ def test_all_sites_get_the_result_and_again_when_it_is_given_again(
     assert all((tmp_path / f"{name} has it").exists() for name in sites)
     assert again.rounds == record.rounds and (again == record) == recorded
     assert (tmp_path / "fed" / "record.json").exists()
+
+
+class Told:
+    """A task that keeps what it was told, in the place of Flower's."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.failed = data, list[str]()
+
+    def fail(self, text: str) -> None:
+        self.failed.append(text)
+
+
+def test_a_site_in_the_folder_of_another_federation_is_refused_each_time_and_ends(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, ["a"])
+    federation.site("a", keeps=True).answer(federation.coordinator.offer("a"))
+    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other", None)
+    again = federation.site("a", keeps=True)
+    for _ in range(2):
+        task = Told(other.offer("a"))
+        with pytest.raises(CheckpointError, match="federation was"):
+            _answer(task, again, tmp_path / "a", lambda text: None)  # type: ignore[arg-type]
+        assert len(task.failed) == 1 and "belongs to another run" in task.failed[0]
+    assert [path.name for path in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_site_that_has_joined_takes_nothing_of_another_federation(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, ["a"])
+    other = Coordinator(federation.prepared.recipe, {"a": 4}, tmp_path / "other", None)
+    site = federation.sites["a"]
+    federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
+    task = Told(other.offer("a"))
+    assert _answer(task, site, tmp_path, lambda text: None) is None  # type: ignore[arg-type]
+    assert f"federation {other.state.federation!r}, not {federation.coordinator.state.federation!r}" in task.failed[0]
+    with pytest.raises(MessageError, match="federation"):
+        site.end(other.end("a"))
+    federation.coordinator.close(lambda: None)
+    federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
