@@ -17,8 +17,9 @@ from thriftune.federated.aggregate import Adapter, Factors
 from thriftune.federated.coordinator import Coordinator, QuorumError
 from thriftune.federated.message import MessageError, factors_of, open_message, pack
 from thriftune.federated.records import FederatedRecord
+from thriftune.federated.result import round_line
 from thriftune.federated.simulate import Simulation, simulate
-from thriftune.federated.site import Base, Site, open_base, recipe_of_rounds
+from thriftune.federated.site import STARTS, Base, Site, open_base, recipe_of_rounds
 from thriftune.methods.lora import read_tensors
 from thriftune.recipe import Recipe
 from thriftune.run import Prepared, prepare_run
@@ -39,7 +40,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(model: Path, rows: Path, output: Path, *, rounds: int = 3, **sections: Any) -> Recipe:
     federated = {"rounds": rounds, "local_steps": 2, **sections.pop("federated", {})}
-    return tiny_recipe(model, rows, output, federated=federated, **sections)
+    steps = federated["rounds"] * federated["local_steps"]
+    return tiny_recipe(model, rows, output, federated=federated, train={"max_steps": steps}, **sections)
 
 
 def run_simulation(recipe: Recipe, clients: int, split: str = "even", ranks: Sequence[int] = ()) -> FederatedRecord:
@@ -52,7 +54,7 @@ class Federation:
     def __init__(self, recipe: Recipe, ranks: dict[str, int]) -> None:
         self.prepared: Prepared = prepare_run(recipe_of_rounds(recipe))
         self.output = Path(self.prepared.recipe.output or "")
-        self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output)
+        self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output, None)
         self.base: Base = open_base(self.prepared, self.output, lambda text: None)
 
     def site(self, name: str, keeps: bool = False) -> Site:
@@ -196,13 +198,18 @@ def _same(before: Adapter, after: Adapter, half: str) -> bool:
     return all(torch.equal(getattr(before[name], field), getattr(after[name], field)) for name in before)
 
 
-def test_a_model_without_weights_has_the_same_start(model: Path, rows: Path, tmp_path: Path) -> None:
-    federation = Federation(recipe_of(model, rows, tmp_path, method="qlora"), {"a": 4})
+@pytest.mark.parametrize(("method", "kind"), [("qlora", True), *(("lora", kind) for kind in STARTS)])
+def test_a_model_without_weights_has_the_same_start(
+    model: Path, rows: Path, tmp_path: Path, method: str, kind: bool | str
+) -> None:
+    recipe = recipe_of(model, rows, tmp_path, method=method, lora={"init_lora_weights": kind})
+    federation = Federation(recipe, {"a": 4})
     over_weights = federation.base.places.read()
     start: Places = federation.coordinator._places
     assert start.fingerprint() == federation.base.places.fingerprint()
     for name, factors in start.read().items():
-        assert torch.equal(factors.a_RI, over_weights[name].a_RI) and not factors.b_OR.any()
+        assert torch.equal(factors.a_RI, over_weights[name].a_RI) and torch.equal(factors.b_OR, over_weights[name].b_OR)
+        assert float((factors.b_OR @ factors.a_RI).abs().max()) < 1e-6
     _, hollow = start_of(federation.prepared.recipe)
     frozen = [parameter for name, parameter in hollow.named_parameters() if "lora_" not in name]
     assert all(parameter.untyped_storage().nbytes() == 4 for parameter in frozen)
@@ -269,13 +276,16 @@ def test_a_round_goes_on_without_a_missing_site_but_not_without_a_quorum(
     federation = Federation(recipe_of(model, rows, tmp_path, federated={"quorum": 0.5}), {"a": 4, "b": 4})
     coordinator = federation.coordinator
     offers = {name: coordinator.offer(name) for name in ("a", "b")}
-    with pytest.raises(QuorumError, match="0 of 2 sites"):
+    with pytest.raises(QuorumError, match="0 of 2 sites") as error:
         coordinator.close(lambda: None)
+    assert str(coordinator.folder) in error.value.do and "start" not in error.value.do
     offers = {name: coordinator.offer(name) for name in ("a", "b")}
     coordinator.take("b", federation.site("b").answer(offers["b"]))
     assert coordinator.waits_for == ["a"]
     done = coordinator.close(lambda: None)
     assert done.updates == 1 and [site.change is None for site in done.sites] == [True, False]
+    only_b = done.model_copy(update={"sites": done.sites[1:]})  # a was not there and got no offer
+    assert round_line(only_b, coordinator).startswith("round 1/3: 1 of 2 sites, ")
     assert coordinator.round == 1
 
 
@@ -312,7 +322,7 @@ def test_with_clipping_nothing_of_the_rows_leaves_but_factors(model: Path, rows:
             update = pack(message.header, {key: Factors(part.b_OR * 1e6, part.a_RI) for key, part in adapter.items()})
         federation.coordinator.take(name, update)
     done = federation.coordinator.close(lambda: None)
-    assert done.updates == 3
+    assert done.updates == 3 and done.energy_kept is None
     moved = [factors.b_OR - start[name].b_OR for name, factors in federation.coordinator.current.items()]
     assert 0.0 < sum(float(part.square().sum()) for part in moved) ** 0.5 <= 0.01 * 1.01
 
@@ -325,7 +335,7 @@ def test_a_coordinator_that_was_stopped_goes_on_and_ends_the_same(model: Path, r
     for name in ranks:
         stopped.coordinator.take(name, stopped.site(name).answer(stopped.coordinator.offer(name)))
     stopped.coordinator.close(lambda: None)
-    again = Coordinator(stopped.prepared.recipe, ranks, tmp_path / "stopped")
+    again = Coordinator(stopped.prepared.recipe, ranks, tmp_path / "stopped", None)
     assert again.round == 1 and again.state.federation == stopped.coordinator.state.federation
     for name, factors in again.current.items():
         assert torch.equal(factors.b_OR, stopped.coordinator.current[name].b_OR)
@@ -350,7 +360,8 @@ def test_the_record_has_the_bytes_of_each_site_and_round(model: Path, rows: Path
     record = run_simulation(recipe_of(model, rows, tmp_path, data={"eval_fraction": 0.1}), 3, ranks=[1, 2, 4])
     assert [site.rank for site in record.rounds[0].sites] == [1, 2, 4]
     for entry in record.rounds:
-        assert entry.updates == 3 and entry.eval_loss is not None and 0.0 < entry.energy_kept <= 1.0
+        assert entry.updates == 3 and entry.eval_loss is not None
+        assert entry.energy_kept is not None and 0.0 < entry.energy_kept <= 1.0
         up = [site.bytes_of_factors / site.rank for site in entry.sites]
         assert len(set(up)) == 1
         assert all(site.bytes_down > site.bytes_up > site.bytes_of_factors for site in entry.sites if site.rank < 4)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from command_line import Outcome, runner
 from small_models import make_model
+from thriftune.federated.coordinator import Coordinator
 from thriftune.federated.records import FederatedRecord
 from thriftune.records import read_record
 from tiny import tiny_rows
@@ -53,7 +57,31 @@ def test_given_again_a_finished_simulation_has_nothing_to_do(simulate):
     again = simulate("--clients", 2, "--json").ok()
     assert "round 1/2" not in again.err and "all 2 rounds are done already" in again.err
     assert again.json == first, "with the time it took then"
-    simulate("--clients", 3).refused("fed holds rounds of another recipe or other sites")
+    assert first["split"] == "even"
+    simulate("--clients", 3).refused("fed holds rounds of other sites or ranks")
+    simulate("--clients", 2, "--ranks", "2,4").refused("fed holds rounds of other sites or ranks")
+    simulate("--clients", 2, "lora_alpha=3").refused("fed holds rounds of another recipe")
+    simulate("--clients", 2, "--split", "by:prompt").refused("another --split (even, not by:prompt)")
+    tiny_rows(Path("rows.jsonl"), 40, seed=1)
+    simulate("--clients", 2).refused("fed holds rounds of other rows")
+
+
+@pytest.mark.parametrize("named", [[], ["-o", "mine"]])
+def test_a_simulation_that_was_stopped_says_how_to_go_on(simulate, monkeypatch, capsys, base, named):
+    """Without --output the same command would begin in a folder of its own."""
+    run, close = runner(monkeypatch, capsys), Coordinator.close
+    words = ["federate", "simulate", base, "--data", "rows.jsonl", "--method", "lora", *ROUNDS, "--clients", 2]
+
+    def close_and_stop(*arguments):
+        close(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as once:
+        once.setattr(Coordinator, "close", close_and_stop)
+        told = run(*words, *named).refused("rounds that are done are kept", code=143)
+    assert ("give the same command again: it goes on" in told) == bool(named)
+    folder = named or ["--output", re.search(r"with --output (runs/\S+): it goes on", told)[1]]
+    assert "going on after round 1" in run(*words, *folder).ok().err
 
 
 @pytest.mark.parametrize(
@@ -65,7 +93,13 @@ def test_given_again_a_finished_simulation_has_nothing_to_do(simulate):
         (["--ranks", "4,x"], "--ranks 4,x"),
         (["--ranks", "8"], "a site of rank 8, and lora.r 4"),
         (["--ranks", "2,4", "aggregation=ffa"], "aggregation ffa"),
+        (["max_steps=6"], "train.max_steps=6: a site makes federated.rounds x federated.local_steps = 2 steps"),
+        (["epochs=3"], "train.num_train_epochs=3: a site makes"),
         (["clip_norm=1.0"], "use federated.aggregation rolora or ffa"),
+        *(
+            ([f"lora.init_lora_weights={start}"], "use true, gaussian or orthogonal")
+            for start in ("pissa", "mica", "olora", "eva", "false")
+        ),
         (["lora.use_dora=true"], "an adapter that sites cannot share"),
         (["lora.modules_to_save=lm_head"], "an adapter that sites cannot share"),
     ],
@@ -99,9 +133,40 @@ def test_ends_without_their_keys_are_refused(monkeypatch, capsys, tmp_path, base
     run("federate", "serve", base, *words).refused("--ranks names c", "the sites a, b")
 
 
+def test_the_steps_of_all_rounds_may_be_written_out(simulate):
+    """So the recipe that a federation leaves can be given again, with the epochs and steps that it has."""
+    first = simulate("--clients", 2, "max_steps=2", "epochs=3", "--json").ok().json
+    again = simulate("--clients", 2, "--config", "fed/recipe.yaml", "--json").ok()
+    assert "are done already" in again.err and again.json == first
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "rows.jsonl"])
+def test_places_that_cannot_be_written_to(simulate, monkeypatch, capsys, base, place):
+    pytest.importorskip("cryptography", reason="cryptography (the extra federated) is not installed")
+    simulate("-o", place).refused(f"{place} cannot be written to", "a folder you may write to")
+    run = runner(monkeypatch, capsys)
+    run("federate", "keys", "--sites", "a", "-o", place).refused(f"{place} cannot be written to")
+    run("federate", "keys", "--sites", "a", "-o", "certs").ok()
+    run("federate", "serve", base, "--certificates", "certs", "-o", place).refused(f"{place} cannot be written to")
+    joining = ["--data", "rows.jsonl", "--server", "localhost:1", "--certificates", "certs/sites/a", "-o", place]
+    run("federate", "join", base, *joining).refused(f"{place} cannot be written to")
+
+
 def test_with_noise_the_privacy_loss_is_told(simulate):
     pytest.importorskip("dp_accounting", reason="dp-accounting (the extra federated) is not installed")
     words = ["--clients", 3, "aggregation=ffa", "clip_norm=0.1", "noise_multiplier=4"]
     told = simulate(*words, "--json").ok().json
     assert 0.0 < told["epsilon"] < 2.0
     assert [site["loss"] for site in told["rounds"][0]["sites"]] == [None] * 3
+
+
+def test_noise_whose_privacy_loss_cannot_be_told_is_refused_before_a_round(simulate, monkeypatch, capsys, base):
+    pytest.importorskip("cryptography", reason="cryptography (the extra federated) is not installed")
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    words = ["aggregation=ffa", "clip_norm=0.1", "noise_multiplier=4"]
+    simulate("--clients", 2, *words).refused("dp-accounting is not installed")
+    run = runner(monkeypatch, capsys)
+    run("federate", "keys", "--sites", "a", "-o", "certs").ok()
+    serving = ["federate", "serve", base, "--certificates", "certs", "-o", "fed", *words]
+    run(*serving).refused("dp-accounting is not installed")
+    assert not Path("fed").exists()

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from thriftune.federated.aggregate import Adapter, Factors, Half
-from thriftune.federated.message import Header, describe_sent, factors_of, open_message, pack, pack_update, update_of
+from thriftune.federated.message import (
+    MOST_TARGETS,
+    Header,
+    MessageError,
+    describe_sent,
+    factors_of,
+    open_message,
+    pack,
+    pack_update,
+    update_of,
+)
 
 SHAPES = {"m": (7, 11), "n": (12, 5)}
 
@@ -72,3 +82,12 @@ def test_the_half_that_is_not_sent_is_the_coordinators() -> None:
         for name in SHAPES:
             assert torch.equal(found[name].a_RI, master[name].a_RI)
             assert torch.allclose(found[name].b_OR, after[name].b_OR, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("targets", [-1, 0, MOST_TARGETS + 1, 10**308, 10**400])
+def test_a_weight_that_no_rows_have_is_refused(targets: int) -> None:
+    """10**400 is no float, and the sum of two of 10**308 is none."""
+    data = pack(header().model_copy(update={"targets": targets}), draw(1))
+    with pytest.raises(MessageError, match="targets"):
+        open_message(data)
+    assert open_message(pack(header().model_copy(update={"targets": MOST_TARGETS}), draw(1)))

@@ -49,8 +49,37 @@ def test_names_that_are_none(tmp_path: Path, sites: list[str]) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "not a host!",
+        "m\u00fcnchen.example",
+        "hub:8000",
+        "10.0.0.256",
+        "-a.example",
+        "a..b",
+        "x" * 64,
+        "[::1]",
+        "https://a",
+    ],
+)
+def test_hosts_that_are_none(tmp_path: Path, host: str) -> None:
+    with pytest.raises(InputError, match="--hosts"):
+        make_keys(tmp_path, ["a"], ["localhost", host])
+    assert not list(tmp_path.iterdir())
+
+
+def test_hosts_of_every_kind(tmp_path: Path) -> None:
+    hosts = ["localhost", "10.0.0.7", "::1", "hub.example.org", "xn--mnchen-3ya.example", "*.example.org", "node_7"]
+    assert make_keys(tmp_path, ["a"], hosts)
+
+
 def test_keys_are_not_overwritten_and_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     make_keys(tmp_path, ["a"], ["localhost"])
+    with pytest.raises(InputError, match="holds keys already"):
+        make_keys(tmp_path, ["b"], ["localhost"])
+    (tmp_path / "authority.key").rename(tmp_path / "carried away")
     with pytest.raises(InputError, match="holds keys already"):
         make_keys(tmp_path, ["b"], ["localhost"])
     with pytest.raises(InputError, match="has no key"):

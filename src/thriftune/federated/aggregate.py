@@ -68,10 +68,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """`energy_kept` is the share of the exact mean's squared norm, over all matrices, that the global rank holds."""
+    """`energy_kept` is the share of the exact mean's squared norm, over all matrices, that was kept when it was cut;
+    None where nothing was cut: no `svd`, a single full update, a mean of zero."""
 
     adapter: dict[str, Factors]
-    energy_kept: float
+    energy_kept: float | None
 
 
 def trained_half(aggregation: str, round_number: int) -> Half:
@@ -95,7 +96,7 @@ def aggregate(aggregation: str, current: Adapter, updates: Sequence[Update]) -> 
         parts = [_in_full(update.adapter[name]) for update in updates]
         adapter[name], kept_here, whole_here = merge(_in_full(now), parts, weights)
         kept, whole = kept + kept_here, whole + whole_here
-    return Aggregate(adapter, kept / whole if whole else 1.0)
+    return Aggregate(adapter, kept / whole if whole else None)
 
 
 def stacked_mean(current: Factors, parts: Sequence[Factors], weights: Sequence[float]) -> Factors:

@@ -29,9 +29,10 @@ from thriftune.federated.aggregate import (
     refuse_unusable,
     trained_half,
 )
+from thriftune.federated.folders import writing_to
 from thriftune.federated.message import Header, MessageError, expect, open_message, pack, update_of
 from thriftune.federated.privacy import private_mean
-from thriftune.federated.records import CoordinatorState, FederatedRound, SiteRound
+from thriftune.federated.records import CoordinatorState, FederatedRound, Shares, SiteRound
 from thriftune.federated.site import check_recipe, terms_of
 from thriftune.methods import METHODS
 from thriftune.recipe import Recipe
@@ -46,15 +47,19 @@ class QuorumError(ThriftuneError):
 
 
 class Coordinator:
-    def __init__(self, recipe: Recipe, sites: Mapping[str, int], folder: Path) -> None:
-        """Start, or go on with the rounds in `folder`. Raises InputError when they are of another recipe or sites."""
+    def __init__(self, recipe: Recipe, sites: Mapping[str, int], folder: Path, shares: Shares | None) -> None:
+        """Start, or go on with the rounds in `folder`. `sites`: site -> rank; `shares`: the rows of a simulation's.
+
+        Raises InputError when the rounds in `folder` are of another recipe, other sites or other shares, OutputError
+        when it cannot be written to.
+        """
         check_recipe(recipe)
         _check_sites(recipe, sites)
         self.recipe, self.sites, self.folder = recipe, dict(sites), folder
         self._loaded, self._model = start_of(recipe)
         self._places = find_places(self._model)
         self._shapes = self._places.shapes()
-        self.state = self._take_up()
+        self.state = self._take_up(shares)
         self.current: Adapter = self._places.read()
         self._tickets: dict[str, str] = {}
         self._updates: dict[str, Update] = {}
@@ -79,6 +84,15 @@ class Coordinator:
         """Sites that were made an offer in this round and have neither answered nor been refused."""
         refused = {entry.site for entry in self._refused}
         return [site for site in self._tickets if site not in self._updates and site not in refused]
+
+    @property
+    def needed(self) -> float:
+        """How many sites' updates a round needs at least."""
+        return self.recipe.federated.quorum * len(self.sites)
+
+    @property
+    def has_enough(self) -> bool:
+        return len(self._updates) >= self.needed
 
     def offer(self, site: str) -> bytes:
         """The message that asks a site for its update in this round; the offer before it is void."""
@@ -157,7 +171,7 @@ class Coordinator:
         self._check_quorum(len(taken), refused)
         if rounds.clip_norm:
             half = trained_half(rounds.aggregation, self.round)
-            adapter, kept = private_mean(self.current, taken, half, rounds, len(self.sites)), 1.0
+            adapter, kept = private_mean(self.current, taken, half, rounds, len(self.sites)), None
         else:
             merged = aggregate(rounds.aggregation, self.current, taken)
             adapter, kept = merged.adapter, merged.energy_kept
@@ -187,18 +201,17 @@ class Coordinator:
         return result
 
     def _check_quorum(self, updates: int, refused: list[Refused]) -> None:
-        needed = self.recipe.federated.quorum * len(self.sites)
-        if updates >= needed:
+        if updates >= self.needed:
             return
         self._tickets, self._updates, self._sent, self._refused = {}, {}, {}, []
         why = "".join(f"; {entry.reason}" for entry in refused)
         raise QuorumError(
             given=f"round {self.round + 1} has {updates} of {len(self.sites)} sites' updates{why}",
-            allowed=f"{needed:g} or more (federated.quorum {self.recipe.federated.quorum:g})",
-            do="start the missing sites and give the same command again: it goes on with this round",
+            allowed=f"{self.needed:g} or more (federated.quorum {self.recipe.federated.quorum:g})",
+            do=f"mend what keeps the others out and give the federation in {self.folder} again: this round begins anew",
         )
 
-    def _take_up(self) -> CoordinatorState:
+    def _take_up(self, shares: Shares | None) -> CoordinatorState:
         path = self.folder / STATE
         if not path.exists():
             state = CoordinatorState(
@@ -206,16 +219,22 @@ class Coordinator:
                 places=self._places.fingerprint(),
                 recipe=self.recipe,
                 sites=self.sites,
+                shares=shares,
             )
             self._write_adapter(0)
             write_record(path, state)
             return state
         state = read_record(path, CoordinatorState)
-        if (state.recipe, state.sites, state.places) != (self.recipe, self.sites, self._places.fingerprint()):
+        same_model = (state.recipe, state.places) == (self.recipe, self._places.fingerprint())
+        others = ["another recipe"] * (not same_model) + ["other sites or ranks"] * (state.sites != self.sites)
+        if state.shares != shares:
+            stored, asked = (part.split if part else "none" for part in (state.shares, shares))
+            others.append("other rows" if stored == asked else f"another --split ({stored}, not {asked})")
+        if others:
             raise InputError(
-                given=f"{self.folder} holds rounds of another recipe or other sites",
-                allowed="the same recipe and sites, to go on, or a new folder",
-                do="name another --output, or restore the settings in " + str(path),
+                given=f"{self.folder} holds rounds of {' and '.join(others)}",
+                allowed="the same recipe, sites, ranks, rows and split, to go on, or a new folder",
+                do=f"name another --output, or restore the settings in {path}",
             )
         METHODS["lora"].load(self._model, self._round_folder(state.rounds_done))
         return state
@@ -236,10 +255,11 @@ class Coordinator:
         folder = self._round_folder(number)
         aside = folder.with_name(f".{number}.{os.getpid()}.writing")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        METHODS["lora"].save(self._model, aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with writing_to(self.folder):
+            aside.mkdir(parents=True)
+            METHODS["lora"].save(self._model, aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)

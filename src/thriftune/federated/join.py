@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from thriftune.errors import InputError, ThriftuneError
+from thriftune.errors import CheckpointError, InputError, ThriftuneError
 from thriftune.federated.flower.site import SiteLink, Task
 from thriftune.federated.flower.tasks import TransportError
+from thriftune.federated.folders import writing_to
 from thriftune.federated.keys import read_site_keys
 from thriftune.federated.message import describe_sent, open_message
 from thriftune.federated.site import Site, open_base, recipe_of_rounds
@@ -47,7 +48,8 @@ def join(asked: Joining, say: Callable[[str], None]) -> Path:
             do="for example --server hub.example.org:8000",
         )
     output = asked.output or Path("runs") / f"federated-{keys.site}"
-    output.mkdir(parents=True, exist_ok=True)
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
     prepared = prepare_run(recipe_of_rounds(asked.recipe).replace(output=str(output)), force=asked.force)
     base = open_base(prepared, output, say)
     say(f"site {keys.site}: {len(prepared.data.train):,} rows; path: {base.path.name} ({base.path_reason})")
@@ -89,7 +91,8 @@ class Events:
 
 
 def _answer(task: Task, site: Site, output: Path, say: Callable[[str], None]) -> Path | None:
-    """The folder of the result, when this message was the last. An error of ours is told the coordinator and raised."""
+    """The folder of the result, when this message was the last. An error of ours is told the coordinator; it is raised
+    as well unless it is the message's alone."""
     try:
         header = open_message(task.data).header
         if header.kind == "end":
@@ -98,15 +101,14 @@ def _answer(task: Task, site: Site, output: Path, say: Callable[[str], None]) ->
             return result
         say(f"round {header.round + 1} of {header.rounds}: {len(task.data):,} bytes came, training")
         update = site.answer(task.data)
-    except InputError as error:  # a message that cannot be used: this site goes on, the coordinator learns why
-        say(f"refused: {error.given}")
-        task.fail(error.given)
-        return None
     except ThriftuneError as error:
-        task.fail(error.given)
-        raise
+        task.fail(error.given)  # the coordinator learns why
+        if isinstance(error, CheckpointError) or not isinstance(error, InputError):
+            raise
+        say(f"refused: {error.given}")  # a message that cannot be used: this site goes on
+        return None
     line = describe_sent(update)
-    with (output / SENT).open("a", encoding="utf-8") as file:
+    with writing_to(output), (output / SENT).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     say(f"round {header.round + 1} of {header.rounds}: sending {len(update):,} bytes")
     task.reply(update)

@@ -1,8 +1,8 @@
 """`federate keys`: a small certificate authority, the coordinator's certificate, one key pair for each site.
 
-    CERTS/authority.key             signs the coordinator's certificate; needed for nothing else: keep it off the
-    network CERTS/coordinator/              authority.pem, server.pem, server.key, sites/a.pub ... CERTS/sites/a/
-    authority.pem, a.key, a.pub: all that site a needs, to be carried there by a safe way
+    CERTS/authority.key     signs the coordinator's certificate; needed for nothing else: keep it off the network
+    CERTS/coordinator/      authority.pem, server.pem, server.key, sites/a.pub ...
+    CERTS/sites/a/          authority.pem, a.key, a.pub: all that site a needs, to be carried there by a safe way
 
 The coordinator proves itself by its certificate, a site by its key (elliptic curve P-384). Private files are readable
 by their owner only.
@@ -20,17 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.errors import InputError
+from thriftune.federated.folders import writing_to
 
 DAYS = 825  # the longest that common TLS libraries accept for a server
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+HOST = re.compile(rf"(\*\.)?({LABEL}\.)*(?![0-9]+$){LABEL}")  # the last label is not a number: that would be an address
 
 
 def make_keys(output: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
     """Write the three folders and return the private files. Raises InputError for names that are none, or when `output`
-    holds keys already."""
+    holds keys already, OutputError when it cannot be written to."""
+    _check(output, sites, hosts)
+    with writing_to(output):
+        return _write_keys(output, sites, hosts)
+
+
+def _write_keys(output: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    _check(output, sites, hosts)
     curve = ec.SECP384R1()
     authority, server = ec.generate_private_key(curve), ec.generate_private_key(curve)
     authority_pem = _certificate(authority, None, authority, [])
@@ -110,9 +118,15 @@ def _check(output: Path, sites: Sequence[str], hosts: Sequence[str]) -> None:
             allowed="different names of letters, digits, dots, dashes and underscores",
             do="for example --sites a,b,c",
         )
-    if not hosts:
-        raise InputError(given="no --hosts", allowed="names or addresses of the coordinator", do="name one or more")
-    if (output / "authority.key").exists():
+    unknown = [host for host in hosts if not _is_host(host)]
+    if unknown or not hosts:
+        raise InputError(
+            given=f"--hosts with {', '.join(unknown)}" if unknown else "no --hosts",
+            allowed="names and addresses of the coordinator, without a port; a name in its ASCII form (xn--...)",
+            do="for example --hosts hub.example.org,10.0.0.7",
+        )
+    # The authority's key may have been carried away, as it should be; its certificate stays.
+    if (output / "authority.key").exists() or (output / "authority.pem").exists():
         raise InputError(
             given=f"{output} holds keys already", allowed="a new folder: keys are not overwritten", do="name another"
         )
@@ -152,6 +166,14 @@ def _usage(signs: bool) -> Any:
         digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
         key_agreement=False, key_cert_sign=signs, crl_sign=signs, encipher_only=False, decipher_only=False,
     )  # fmt: skip
+
+
+def _is_host(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return len(host) <= 253 and HOST.fullmatch(host) is not None
+    return True
 
 
 def _host(host: str) -> Any:

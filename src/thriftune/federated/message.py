@@ -18,16 +18,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from thriftune.errors import InputError
 from thriftune.federated.aggregate import Adapter, Factors, Half
 
 LONGEST_HEADER = 4096
+MOST_TARGETS = 2**53  # a float64 holds every whole number up to here, and the sum of all sites' stays finite
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -58,7 +59,7 @@ class Header(BaseModel):
     places: str
     terms: str
     sha256: str = ""
-    targets: int | None = None
+    targets: Annotated[int, Field(ge=1, le=MOST_TARGETS)] | None = None
     loss: float | None = None
     train_s: float | None = None
 

@@ -80,5 +80,10 @@ def epsilon_of(noise_multiplier: float, rounds: int, delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
+def loss_of(rounds: FederatedRecipe) -> float | None:
+    """Epsilon of a whole federation; None without `clip_norm`. Raises InputError as `epsilon_of` does."""
+    return None if rounds.clip_norm is None else epsilon_of(rounds.noise_multiplier, rounds.rounds, rounds.delta)
+
+
 def _trained(factors: Factors, half: Half) -> Tensor:
     return factors.a_RI if half == "a" else factors.b_OR

@@ -30,12 +30,21 @@ class FederatedRound(Record):
     round: int = Field(description="from 1")
     sites: list[SiteRound]
     updates: int = Field(description="that were taken")
-    energy_kept: float = Field(description="share of the exact mean's squared norm that the global rank holds")
+    energy_kept: float | None = Field(
+        description="share of the exact mean's squared norm that was kept when it was cut; None: it was not cut"
+    )
     eval_loss: float | None = None
     meter: dict[str, int] = Field(
         default_factory=dict,
         description="bytes_down and bytes_up of the round, of all sites, as Flower counted them; none in a simulation",
     )
+
+
+class Shares(Record):
+    """How a simulation shared out its rows: `--split`, and a fingerprint of the rows and of who has which."""
+
+    split: str
+    fingerprint: str
 
 
 class CoordinatorState(Record):
@@ -47,6 +56,7 @@ class CoordinatorState(Record):
     places: str = Field(description="fingerprint of the adapter's names and shapes")
     recipe: Recipe
     sites: dict[str, int] = Field(description="site -> its rank")
+    shares: Shares | None = Field(None, description="of a simulation; between machines each site has its own rows")
     changes: list[float] = Field(default_factory=list, description="norms of the changes taken so far")
     rounds: list[FederatedRound] = Field(default_factory=list)
 
@@ -61,6 +71,7 @@ class FederatedRecord(Record):
     model: str
     method: str
     sites: dict[str, int] = Field(description="site -> its rank")
+    split: str | None = Field(None, description="how the rows were shared out, in a simulation")
     rows: dict[str, int] = Field(default_factory=dict, description="site -> its training rows, in a simulation")
     sides: int = Field(description="in + out features, summed over the adapted matrices")
     rounds: list[FederatedRound]

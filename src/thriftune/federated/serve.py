@@ -15,6 +15,7 @@ from thriftune.federated.coordinator import Coordinator, QuorumError
 from thriftune.federated.flower.coordinator import CoordinatorLink, Reply
 from thriftune.federated.keys import read_coordinator_keys
 from thriftune.federated.message import MessageError
+from thriftune.federated.privacy import loss_of
 from thriftune.federated.records import FederatedRecord, FederatedRound
 from thriftune.federated.result import RECORD, record_of, round_line, write_result
 from thriftune.federated.site import recipe_of_rounds
@@ -52,10 +53,11 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
             do="correct the name",
         )
     recipe = recipe_of_rounds(asked.recipe)
+    loss_of(recipe.federated)  # for its refusal: without the accountant all rounds would be trained in vain
     recipe = recipe.resolved("lora" if recipe.method == "auto" else recipe.method, str(asked.output))
     sites = {site: asked.ranks.get(site, recipe.lora.r) for site in keys.sites}
-    coordinator = Coordinator(recipe, sites, asked.output)
-    done_before = coordinator.is_done and (asked.output / RECORD).exists()
+    coordinator = Coordinator(recipe, sites, asked.output, None)
+    done_before = coordinator.is_done
     with CoordinatorLink(keys, asked.host, asked.port, asked.output / "flower") as link:
         where = f"round {coordinator.round + 1} of {recipe.federated.rounds}"
         if done_before:
@@ -63,10 +65,10 @@ def serve(asked: Serving, say: Callable[[str], None]) -> FederatedRecord:
         ranked = ", ".join(f"{site} (rank {rank})" for site, rank in sites.items())
         say(f"serving {asked.host}:{asked.port}, {where}; sites: {ranked}")
         while not coordinator.is_done:
-            say(round_line(_round(coordinator, link, say), recipe))
+            say(round_line(_round(coordinator, link, say), coordinator))
         meter = link.traffic()
-        _say_goodbye(coordinator, link, set(sites) if done_before else link.online())
-    if done_before:
+        _say_goodbye(coordinator, link)
+    if done_before and (asked.output / RECORD).exists():
         return read_record(asked.output / RECORD, FederatedRecord)
     record = record_of(
         coordinator,
@@ -88,7 +90,6 @@ def _round(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str],
         _wait_for_quorum(coordinator, link, say)
         before = link.traffic()
         _collect(coordinator, link, say)
-        link.forget()
         moved = {way: count - before[way] for way, count in link.traffic().items()}
         try:
             return coordinator.close(lambda: None, moved)
@@ -98,9 +99,8 @@ def _round(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str],
 
 
 def _wait_for_quorum(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str], None]) -> None:
-    needed = coordinator.recipe.federated.quorum * len(coordinator.sites)
     told: set[str] | None = None
-    while len(online := link.online()) < needed:
+    while len(online := link.online()) < coordinator.needed:
         if online != told:
             say(f"waiting for sites: {', '.join(sorted(online)) or 'none'} of {', '.join(coordinator.sites)} are here")
             told = online
@@ -108,19 +108,27 @@ def _wait_for_quorum(coordinator: Coordinator, link: CoordinatorLink, say: Calla
 
 
 def _collect(coordinator: Coordinator, link: CoordinatorLink, say: Callable[[str], None]) -> None:
-    """Offer the adapter to every site that is there or comes, until all offered have answered or time is up."""
+    """Offer the adapter to every site that is there or comes, until all offered have answered or time is up.
+
+    A site that still owes an answer to an earlier offer gets none behind it: it would work through them in order, and
+    each answer would come too late. When it has answered, or failed, it is offered this round. It is waited for only
+    while there is no quorum without it.
+    """
     ends = time.monotonic() + coordinator.recipe.federated.round_timeout_s
     offered: set[str] = set()
     while time.monotonic() < ends:
-        for site in sorted(link.online() - offered):
+        for reply in link.receive():
+            if reply.site in offered:
+                _take(coordinator, reply, say)
+            else:
+                say(reply.error or f"site {reply.site} answered an earlier offer, too late to be used")
+        for site in sorted(link.online() - offered - link.owing()):
             link.send(site, coordinator.offer(site))
             offered.add(site)
-        for reply in link.receive():
-            _take(coordinator, reply, say)
-        if not coordinator.waits_for:
+        if not coordinator.waits_for and (coordinator.has_enough or not link.owing()):
             return
         time.sleep(POLL_S)
-    say(f"round {coordinator.round + 1}: time is up, without {', '.join(coordinator.waits_for)}")
+    say(f"round {coordinator.round + 1}: time is up, without {', '.join(sorted(link.owing()))}")
 
 
 def _take(coordinator: Coordinator, reply: Reply, say: Callable[[str], None]) -> None:
@@ -134,9 +142,14 @@ def _take(coordinator: Coordinator, reply: Reply, say: Callable[[str], None]) ->
         say(f"refused: {error.given}")
 
 
-def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink, sites: set[str]) -> None:
-    """Give the result to these sites, as soon as they are there, and wait a little for their thanks."""
-    waiting, told = set(sites), set[str]()
+def _say_goodbye(coordinator: Coordinator, link: CoordinatorLink) -> None:
+    """Give the result to all sites, as soon as they are there, and wait a little for them and for their thanks.
+
+    One that took part may be away just now: when the coordinator was started again, SuperNodes find it only after a
+    while.
+    """
+    link.forget()  # an answer that is still owed would be taken for thanks
+    waiting, told = set(coordinator.sites), set[str]()
     ends = time.monotonic() + GOODBYE_S
     while waiting and time.monotonic() < ends:
         for site in sorted(waiting & link.online() - told):

@@ -6,16 +6,22 @@ travels (docs/decisions/0011). The data set is read once and shared out as `--sp
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from thriftune.data import Example
-from thriftune.errors import InputError
+from thriftune.errors import InputError, StoppedBySignal
 from thriftune.federated.coordinator import Coordinator
-from thriftune.federated.records import FederatedRecord, FederatedRound
+from thriftune.federated.folders import writing_to
+from thriftune.federated.privacy import loss_of
+from thriftune.federated.records import FederatedRecord, FederatedRound, Shares
 from thriftune.federated.result import RECORD, record_of, round_line, write_result
 from thriftune.federated.site import Base, Site, eval_loss, open_base, recipe_of_rounds
 from thriftune.federated.split import read_split, share_out
@@ -40,44 +46,66 @@ class Simulation:
 def simulate(asked: Simulation, say: Callable[[str], None]) -> FederatedRecord:
     """Run all rounds and leave a folder as a run does: recipe.yaml, adapter/, record.json; beside them rounds/, sites/.
 
-    Given again, it goes on after the last round that was written. The sites' optimizers then start anew.
+    Given again with the same output, it goes on after the last round that was written. The sites' optimizers then start
+    anew. Raises InputError when that folder holds another federation.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     split = read_split(asked.split)
-    prepared = prepare_run(recipe_of_rounds(asked.recipe), force=asked.force)
+    recipe = recipe_of_rounds(asked.recipe)
+    loss_of(recipe.federated)  # for its refusal: without the accountant all rounds would be trained in vain
+    prepared = prepare_run(recipe, force=asked.force)
     recipe = prepared.recipe
     output = Path(recipe.output or "")
     names = [f"site-{number + 1}" for number in range(asked.clients)]
     ranks = {
         name: (asked.ranks or [recipe.lora.r])[place % max(1, len(asked.ranks))] for place, name in enumerate(names)
     }
-    examples = _share(prepared, share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed), names)
-    coordinator = Coordinator(recipe, ranks, output)
-    if coordinator.is_done and (output / RECORD).exists():
-        say(f"all {coordinator.round} rounds are done already")
-        return read_record(output / RECORD, FederatedRecord)
-    if coordinator.round:
-        say(f"going on after round {coordinator.round}; the sites' optimizers start anew")
-    base = open_base(prepared, output, say)
-    if base.places.fingerprint() != coordinator.state.places:
-        raise AssertionError("the adapter over the weights is not the one over the shapes")
-    say(f"path: {base.path.name} ({base.path_reason})")
-    for name in names:
-        say(f"{name}: {len(examples[name]):,} rows, rank {ranks[name]}")
-    sites = [_site(base, name, examples[name], output) for name in names]
-    while not coordinator.is_done:
-        say(round_line(_round(coordinator, base, sites), recipe))
-    record = record_of(
-        coordinator,
-        transport="simulated",
-        rows={name: len(examples[name]) for name in names},
-        wall_s=time.perf_counter() - clock,
-        device=prepared.device,
-        command=asked.command,
-        started=started,
-    )
-    write_result(output, record)
-    return record
+    who_has = share_out(split, prepared.data.train_rows.rows, asked.clients, recipe.seed)
+    examples = _share(prepared, who_has, names)
+    shares = Shares(split=asked.split, fingerprint=_fingerprint(prepared, who_has))
+    with _stop_naming(output, asked.recipe.output is not None):
+        coordinator = Coordinator(recipe, ranks, output, shares)
+        if coordinator.is_done and (output / RECORD).exists():
+            say(f"all {coordinator.round} rounds are done already")
+            return read_record(output / RECORD, FederatedRecord)
+        if coordinator.round:
+            say(f"going on after round {coordinator.round}; the sites' optimizers start anew")
+        base = open_base(prepared, output, say)
+        if base.places.fingerprint() != coordinator.state.places:
+            raise AssertionError("the adapter over the weights is not the one over the shapes")
+        say(f"path: {base.path.name} ({base.path_reason})")
+        for name in names:
+            say(f"{name}: {len(examples[name]):,} rows, rank {ranks[name]}")
+        sites = [_site(base, name, examples[name], output) for name in names]
+        while not coordinator.is_done:
+            say(round_line(_round(coordinator, base, sites), coordinator))
+        record = record_of(
+            coordinator,
+            transport="simulated",
+            rows={name: len(examples[name]) for name in names},
+            wall_s=time.perf_counter() - clock,
+            device=prepared.device,
+            command=asked.command,
+            started=started,
+        )
+        write_result(output, record)
+        return record
+
+
+@contextmanager
+def _stop_naming(output: Path, was_named: bool) -> Iterator[None]:
+    """A stop says how to go on: without --output the same command would begin in a new folder."""
+    try:
+        yield
+    except StoppedBySignal as stopped:
+        if was_named:
+            raise
+        raise StoppedBySignal(
+            signal_number=stopped.signal_number,
+            given=stopped.given,
+            allowed=stopped.allowed,
+            do=f"give the same command again with --output {shlex.quote(str(output))}: it goes on",
+        ) from None
 
 
 def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> FederatedRound:
@@ -93,8 +121,15 @@ def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> Feder
 
 def _site(base: Base, name: str, examples: Sequence[Example], output: Path) -> Site:
     folder = output / "sites" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(output):
+        folder.mkdir(parents=True, exist_ok=True)
     return Site(base, name, examples, folder, [MetricsFile(folder / "metrics.jsonl")], keeps=False)
+
+
+def _fingerprint(prepared: Prepared, who_has: Sequence[Sequence[int]]) -> str:
+    """Equal where the same rows, as tokens, lie at the same sites."""
+    text = json.dumps([prepared.data.audit.fingerprint, who_has])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _share(prepared: Prepared, shares: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, list[Example]]:

@@ -30,6 +30,7 @@ from thriftune.federated.part import PartialPath, without_components_beyond
 from thriftune.methods import METHODS, trainable_parameters
 from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
+from thriftune.recipe.dynamic import PLAIN_STARTS
 from thriftune.run import Prepared, export_result, make_job
 from thriftune.run_path import hold_memory, load_base, paged_bytes, with_path
 from thriftune.train import Observer, Observers, StopRequest, TrainJob
@@ -40,6 +41,10 @@ from thriftune.train.loop import mean_loss, step_metrics, train_step
 from thriftune.train.meter import Meter
 from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer
 from thriftune.train.path import StepPath
+
+# Of lora.init_lora_weights: the base stays as it is, B A is zero, and the factors are drawn without a look at the base,
+# so the coordinator, which has none, draws the same.
+STARTS = (*PLAIN_STARTS, "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,31 @@ class Base:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise RecipeError for what sites cannot do together."""
+    """Raise RecipeError for what sites cannot do together, and for a length of the run that they would not keep to."""
     problems = recipe.federated.contradictions()
     if recipe.method not in ("auto", "lora", "qlora"):
         problems.append(f"method {recipe.method}: sites share an adapter of one rank; use method lora, qlora or auto")
+    if recipe.lora.init_lora_weights not in STARTS:
+        problems.append(
+            f"lora.init_lora_weights {recipe.lora.init_lora_weights!r}: the coordinator draws the start without the "
+            "base's weights, which must stay as they are; use true, gaussian or orthogonal"
+        )
     if recipe.train.weight_decay:
         problems.append("train.weight_decay would shrink what a site does not train; leave it at 0")
+    steps = _steps_of_rounds(recipe)
+    if recipe.train.max_steps != steps:  # a recipe that recipe_of_rounds has been through has them
+        problems += [
+            f"train.{key}={getattr(recipe.train, key):g}: a site makes federated.rounds x federated.local_steps = "
+            f"{steps} steps; drop it, or write train.max_steps={steps}"
+            for key in ("max_steps", "num_train_epochs")
+            if key in recipe.train.model_fields_set
+        ]
     if problems:
         raise RecipeError(problems, "the recipe")
+
+
+def _steps_of_rounds(recipe: Recipe) -> int:
+    return recipe.federated.rounds * recipe.federated.local_steps
 
 
 def terms_of(recipe: Recipe) -> str:
@@ -74,8 +96,7 @@ def terms_of(recipe: Recipe) -> str:
 def recipe_of_rounds(recipe: Recipe) -> Recipe:
     """The recipe with its number of steps: those of all rounds."""
     check_recipe(recipe)
-    steps = recipe.federated.rounds * recipe.federated.local_steps
-    return recipe.replace(train={"max_steps": steps})
+    return recipe.replace(train={"max_steps": _steps_of_rounds(recipe)})
 
 
 def open_base(prepared: Prepared, output: Path, say: Callable[[str], None]) -> Base:
@@ -142,6 +163,8 @@ class Site:
     def _check(self, header: Header, kind: str) -> None:
         places, rounds = self._base.places, self._job.recipe.federated.rounds
         expect(header, kind=kind, site=self.name, half="both", rank=places.rank, differences=False)
+        if joined := self._state.identity:
+            expect(header, federation=joined["federation"])
         if not (1 <= header.train_rank <= places.rank and 0 <= header.round < rounds + (kind == "end")):
             raise MessageError(
                 given=f"an offer of round {header.round + 1} to train rank {header.train_rank}",
@@ -162,21 +185,22 @@ class Site:
         if self._state.identity:
             return
         identity = {**self._job.identity, "federation": header.federation, "rank": header.train_rank}
-        self._state = TrainState(identity=identity)
         found = find_checkpoint(self.output, "auto", self._observers.event) if self._keeps else None
         if found is None:
+            self._state = TrainState(identity=identity)
             return
         folder, state = found
         check_identity(folder, state, identity)
         load_optimizer(self._optimizer, folder)
         self._path.resume(state.path)
-        self._state = state
+        self._state = state  # only now: a folder that was refused is refused again
         self._observers.event(f"went on from {folder}")
 
     def answer(self, offer: bytes) -> bytes:
         """The update that answers an offer: take its factors, train, send what was trained.
 
-        Raises MessageError for an offer that is damaged or not for this site, and what training raises.
+        Raises MessageError for an offer that is damaged, not for this site, or of another federation than the one it
+        is in; CheckpointError when its folder belongs to another federation; and what training raises.
         """
         message = open_message(offer)
         header = message.header

@@ -80,7 +80,7 @@ class CoordinatorLink:
         except BaseException:
             self.close()
             raise
-        self._waiting: dict[str, str] = {}  # message -> site
+        self._waiting: dict[str, tuple[str, str]] = {}  # message -> its site, and since when that was connected then
 
     def online(self) -> set[str]:
         """The sites that are connected now."""
@@ -91,19 +91,29 @@ class CoordinatorLink:
         from flwr.app import Message
 
         node = next(number for number, name in self._sites.items() if name == site)
+        connected = self._connected_since()[site]
         (message,) = self._grid.push_messages([Message(content(data), node, "train")])
-        self._waiting[message] = site
+        self._waiting[message] = (site, connected)
 
     def receive(self) -> list[Reply]:
-        """The replies that have come since; none is a list without an entry."""
+        """The replies that have come since; none is a list without an entry. A site that was gone in between has lost
+        its message, which is a failure too."""
         self._check()
         if not self._waiting:
             return []
         found = []
         for message in self._grid.pull_messages(list(self._waiting)):
-            site = self._waiting.pop(message.metadata.reply_to_message_id)
+            site, _ = self._waiting.pop(message.metadata.reply_to_message_id)
             found.append(reply(site, message))
+        now = self._connected_since()
+        for lost in [message for message, (site, connected) in self._waiting.items() if now[site] != connected]:
+            site, _ = self._waiting.pop(lost)
+            found.append(Reply(site, b"", f"site {site} was gone before it answered"))
         return found
+
+    def owing(self) -> set[str]:
+        """The sites that have been sent something and have not answered."""
+        return {site for site, _ in self._waiting.values()}
 
     def forget(self) -> None:
         """Wait no longer for what was sent."""
@@ -130,6 +140,13 @@ class CoordinatorLink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _connected_since(self) -> dict[str, str]:
+        """When each site was last let in, in Flower's words; they change when it comes again."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        nodes = self._control.ListNodes(ListNodesRequest()).nodes_info
+        return {self._sites[node.node_id]: node.last_activated_at for node in nodes if node.node_id in self._sites}
 
     def _check(self) -> None:
         if self._process.exit_code is not None:
@@ -213,11 +230,12 @@ class CoordinatorLink:
 
 
 def reply(site: str, message: Any) -> Reply:
-    if message.has_error():
-        return Reply(site, b"", f"site {site}: {message.error.reason}")
-    if "error" in message.content:
-        return Reply(site, b"", f"site {site}: {message.content['error']['text']}")
+    """What a site's message says, or why it says nothing that can be used. Never raises."""
     try:
+        if message.has_error():
+            return Reply(site, b"", f"site {site}: {message.error.reason}")
+        if "error" in message.content:
+            return Reply(site, b"", f"site {site}: {message.content['error']['text']}")
         return Reply(site, bytes_of(message), "")
-    except (KeyError, ValueError, TypeError) as error:
-        return Reply(site, b"", f"site {site} sent something that is no message: {error}")
+    except Exception as error:  # whatever a site sends, and however Flower fails at it, the others go on
+        return Reply(site, b"", f"site {site} sent something that is no message: {type(error).__name__}: {error}")

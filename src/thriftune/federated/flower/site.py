@@ -30,6 +30,8 @@ SITE_TASK = "flwr-clientapp"
 LET_IN = "SuperNode ID:"  # what a SuperNode writes when the coordinator has let it in
 NOT_LET_IN = "Exit Code: 305"  # and when it refuses
 TRIES = 5
+FIRST_TOLD_S = 10.0  # without having been let in, after which that is said
+TOLD_AGAIN_S = 60.0
 
 
 class SiteLink:
@@ -42,6 +44,7 @@ class SiteLink:
         self._secret = new_secret(folder)
         self._refusals = 0
         self._was_in = False
+        self._tells_at = time.monotonic() + FIRST_TOLD_S
         self._start()
 
     def wait(self) -> Task:
@@ -50,6 +53,7 @@ class SiteLink:
 
         while True:
             self._keep_alive()
+            self._tell_when_not_in()
             try:
                 token = acquire(self._client, SITE_TASK, None)
                 if token is not None:
@@ -87,7 +91,7 @@ class SiteLink:
         if self._process.exit_code is None:
             return
         said = self._process.said()
-        self._was_in |= LET_IN in said
+        self._was_in = self._was_in or LET_IN in said
         self._refusals += NOT_LET_IN in said
         if self._refusals >= TRIES and not self._was_in:
             raise InputError(
@@ -100,6 +104,14 @@ class SiteLink:
         self._client.close()
         time.sleep(POLL_S * 2)
         self._start()
+
+    def _tell_when_not_in(self) -> None:
+        """Say now and then that the coordinator has not let this site in yet; a SuperNode tries on in silence."""
+        self._was_in = self._was_in or LET_IN in self._process.said()
+        if self._was_in or time.monotonic() < self._tells_at:
+            return
+        self._say(f"no connection yet to the coordinator at {self._server}; trying on ({self._process.log} says more)")
+        self._tells_at = time.monotonic() + TOLD_AGAIN_S
 
 
 class Task:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.errors import InputError, ThriftuneError
+from thriftune.federated.folders import writing_to
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 POLL_S = 0.5
@@ -45,9 +46,11 @@ class Heartbeat:
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Flower's settings for this process and those it starts. Raises InputError when Flower is not installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    """Flower's settings for this process and those it starts. Raises InputError when Flower is not installed, and
+    OutputError when `folder` cannot be written to."""
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
     os.environ.update(
         FLWR_HOME=str(folder.absolute()),
         FLWR_TELEMETRY_ENABLED="0",
