@@ -21,6 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What a library's error says first, `most` characters of it; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 class ThriftuneError(Exception):
     """Base of the tree. `given`, `allowed` and `do` are whole sentences or phrases, printed one a line."""
 

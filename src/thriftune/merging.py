@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from thriftune.data import encode_prompt
 from thriftune.engine.host_memory import available_bytes
 from thriftune.engine.room import free_bytes
-from thriftune.errors import DoesNotFitError
+from thriftune.errors import DoesNotFitError, first_line
 from thriftune.infer.merge import (
     MergeCheck,
     compare,
@@ -80,7 +80,7 @@ def merge(name: str, output: Path, device: torch.device) -> dict[str, Any]:
         return _merge(target, adapter, output, device)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
-            given=f"merging into {target.base.name} runs out of memory on {device}: {str(error).splitlines()[0]}",
+            given=f"merging into {target.base.name} runs out of memory on {device}: {first_line(error)}",
             allowed="a device with room for its largest tensor several times over",
             do="merge on the CPU: put CUDA_VISIBLE_DEVICES= (set to nothing) before the command",
         ) from None

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from thriftune.errors import InputError, ModelError
+from thriftune.errors import InputError, ModelError, first_line
 from thriftune.hub import ensure_hub_reachable, hub_is_offline
 from thriftune.recipe import ModelRecipe
 
@@ -116,14 +116,10 @@ def _download(model: ModelRecipe) -> Path:
         return Path(snapshot_download(**arguments))
     except (HfHubHTTPError, LocalEntryNotFoundError, transport_error, OSError) as error:
         raise ModelError(
-            given=f"the hub did not give {model.name}: {_first_line(error)}",
+            given=f"the hub did not give {model.name}: {first_line(error)}",
             allowed=ALLOWED_MODEL,
             do="check the name and revision; for a gated model accept its licence and set HF_TOKEN",
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from thriftune.data import stop_token_ids
-from thriftune.errors import InputError, ModelError
+from thriftune.errors import InputError, ModelError, first_line
 from thriftune.methods import METHODS, load_adapter_weights
 from thriftune.methods.full import WEIGHTS_FILE
 from thriftune.methods.lora import PEFT_REFUSES, REPLACES_BASE
@@ -166,7 +166,7 @@ def attach_adapter(base: nn.Module, folder: Path) -> nn.Module:
         raise
     except PEFT_REFUSES as error:
         raise ModelError(
-            given=f"{path} does not fit the base model: {_first_line(error)}",
+            given=f"{path} does not fit the base model: {first_line(error)}",
             allowed="an adapter that was trained on this base",
             do="name the base that the adapter was trained on",
         ) from None
@@ -191,18 +191,14 @@ def adapter_config(path: Path) -> Any:
     except FileNotFoundError:
         raise refuse("is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise refuse(f"cannot be read: {_first_line(error)}") from None
+        raise refuse(f"cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         kind = content.get("peft_type") if isinstance(content, dict) else None
         raise refuse(f"describes an adapter of type {kind}" if kind else "describes no adapter")
     try:
         config = PeftConfig.from_peft_type(**content)
     except PEFT_REFUSES as error:
-        raise refuse(f"cannot be used: {_first_line(error)}") from None
+        raise refuse(f"cannot be used: {first_line(error)}") from None
     if not isinstance(config, LoraConfig) or not config.target_modules:
         raise refuse("names no target modules")
     return config
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

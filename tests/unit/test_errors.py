@@ -23,6 +23,7 @@ from thriftune.errors import (
     RecipeError,
     StoppedBySignal,
     ThriftuneError,
+    first_line,
 )
 
 PARTS = {"given": "rows.jsonl row 3 has no answer", "allowed": "rows with an answer", "do": "add one"}
@@ -94,3 +95,17 @@ def test_recipe_errors_count() -> None:
 def test_the_parts_are_named() -> None:
     with pytest.raises(TypeError):
         InputError("given", "allowed", "do")  # type: ignore[call-arg, misc]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("  one\ntwo"), "one"),
+        (KeyError("a"), "'a'"),
+        (MemoryError(), "MemoryError"),
+        (OSError("\n"), "OSError"),
+    ],
+    ids=repr,
+)
+def test_the_first_line_of_an_error_is_never_empty(error: Exception, line: str) -> None:
+    assert first_line(error) == line and first_line(error, 2) == line[:2]

@@ -20,7 +20,7 @@ from typing import Any
 
 from thriftune.catalog.fields import MOST_USD_PER_KWH, RowReader, did_you_mean, gpu_of, price_of, shown
 from thriftune.catalog.rows import Gpu, Price
-from thriftune.errors import InputError
+from thriftune.errors import InputError, first_line
 
 SECTIONS = ("gpus", "prices", "electricity_usd_per_kwh")
 MAX_CHARACTERS = 500_000
@@ -220,7 +220,7 @@ def _parsed_yaml(text: str) -> Any:
         return yaml.load(text, Loader=Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ValueError(f"{problem} (line {mark.line + 1})" if mark is not None else str(problem)) from None
 
 

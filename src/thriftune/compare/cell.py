@@ -18,7 +18,7 @@ from thriftune.compare.grid import BASE
 from thriftune.compare.jobs import CellJob, PlanJob, Planned, RateJob
 from thriftune.console import ProgressLine
 from thriftune.data import StepOrder, encode_prompt
-from thriftune.errors import DiskFullError, DoesNotFitError, InputError, ModelError, NonFiniteLossError
+from thriftune.errors import DiskFullError, DoesNotFitError, InputError, ModelError, NonFiniteLossError, first_line
 from thriftune.evaluate import GENERAL, TASKS, check_rows, check_task, file_label
 from thriftune.infer.latency import first_token_s
 from thriftune.infer.merge import merge_adapter
@@ -190,7 +190,7 @@ def _guess(job: CellJob) -> str:
 
 
 def _given(error: BaseException) -> str:
-    return error.given if isinstance(error, DoesNotFitError) else (str(error).splitlines() or ["no memory"])[0]
+    return error.given if isinstance(error, DoesNotFitError) else first_line(error)
 
 
 def _undone(job: CellJob, status: Literal["refused", "out_of_memory"], reason: str) -> CellRecord:

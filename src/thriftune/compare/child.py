@@ -26,7 +26,7 @@ from typing import Any
 
 from thriftune.catalog.gpus import local_gpus
 from thriftune.compare.locks import held_by_children
-from thriftune.errors import StoppedBySignal, ThriftuneError
+from thriftune.errors import StoppedBySignal, ThriftuneError, first_line
 
 PRELOADED = ["thriftune.compare.preloaded"]
 ORPHAN_SAVES_WITHIN_S = 60.0
@@ -255,8 +255,7 @@ def _work(function: str, argument: Any, seat: Seat, writing: Connection, folder:
         sys.exit(130)
     except Exception as error:
         traceback.print_exc()
-        last = (str(error).strip().splitlines() or [""])[0][:300]
-        ended = Ended(crash=f"{type(error).__name__}: {last}")
+        ended = Ended(crash=f"{type(error).__name__}: {first_line(error)}")
     writing.send(ended)
     writing.close()
 

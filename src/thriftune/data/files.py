@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from thriftune.errors import DataError
+from thriftune.errors import DataError, first_line
 
 Row = dict[str, Any]
 RowsAndNumbers = tuple[list[Row], Sequence[int]]
@@ -194,7 +194,7 @@ def _read_parquet(path: Path, content: bytes) -> RowsAndNumbers:
     try:
         rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as problem:
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:200]
+        reason = first_line(problem, 200)
         _refuse(f"{path} is no whole Parquet file, row unknown: {reason}", do="copy or download it again")
     return rows, range(1, len(rows) + 1)
 

@@ -20,7 +20,7 @@ from thriftune.data.audit import refuse_hopeless
 from thriftune.data.encoding import Encoded, encode_rows
 from thriftune.data.formats import Conversation, conversations
 from thriftune.data.prepare import training_rows
-from thriftune.errors import ModelError
+from thriftune.errors import ModelError, first_line
 from thriftune.recipe import DataRecipe, Recipe
 
 # A sample always has this many of the rows with the most characters, and among them the longest in tokens: so on GSM8K
@@ -153,7 +153,7 @@ def open_tokenizer(folder: Path) -> tuple[Any, bool]:
         return kind.from_pretrained(folder, local_files_only=True), name is not None
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise ModelError(
-            given=f"no tokenizer can be loaded from {folder}: {(str(error).strip().splitlines() or [''])[0][:300]}",
+            given=f"no tokenizer can be loaded from {folder}: {first_line(error)}",
             allowed="tokenizer.json and tokenizer_config.json beside the model",
             do="download the model again",
         ) from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.data.formats import Malformed, Message
-from thriftune.errors import DataError
+from thriftune.errors import DataError, first_line
 from thriftune.recipe import DataRecipe
 
 # The plain form of a conversation for a tokenizer without a chat template. An answer follows a line break, so it is
@@ -78,8 +78,8 @@ class Renderer:
                 **self._special_tokens,
             )
         except Exception as problem:  # whatever a template does: it is a program that the user brought
-            reason = (str(problem).strip().splitlines() or [""])[0][:200]
-            raise Malformed(f"the chat template refuses it: {type(problem).__name__}: {reason}") from problem
+            told = f"{type(problem).__name__}: {first_line(problem, 200)}"
+            raise Malformed(f"the chat template refuses it: {told}") from problem
         return texts[0], [(start, end) for start, end in spans[0]] if marks else []
 
     def segments(self, messages: Sequence[Message], generation_prompt: bool) -> list[Segment]:

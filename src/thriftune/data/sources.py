@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from thriftune.data import files
-from thriftune.errors import DataError
+from thriftune.errors import DataError, first_line
 from thriftune.recipe import DataRecipe
 
 BUILTIN = ("sums", "reviews")
@@ -223,13 +223,9 @@ def _download(name: str, subset: str | None, split: str, offline: bool) -> list[
         return [dict(row) for row in table]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
         raise DataError(
-            given=f"the data set {name!r}, subset {subset}, split {split!r} does not load: {_first_line(problem)}",
+            given=f"the data set {name!r}, subset {subset}, split {split!r} does not load: {first_line(problem)}",
             allowed="a data set of the hub that needs no code of its own, one of its subsets, one of its splits",
             do="check data.name, data.subset and data.split; for a private or gated set, set HF_TOKEN",
         ) from problem
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300]

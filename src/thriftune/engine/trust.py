@@ -16,6 +16,7 @@ from torch import Tensor
 from thriftune.engine.attention import Attention, FlashAttention, Kind, ReferenceAttention
 from thriftune.engine.layer import Layer
 from thriftune.engine.packing import Segments
+from thriftune.errors import first_line
 
 LENGTHS = (150, 1, 37, 64)
 WINDOW = 40  # in the place of a window, so that short rows show it
@@ -36,7 +37,7 @@ def why_not_trusted(attention: Attention, layers: Sequence[Layer], device: torch
             judge = FlashAttention() if device.type == "cuda" else ReferenceAttention()
             found, wanted = (_outputs(each, layer, kind, device) for each in (attention, judge))
         except RuntimeError as error:  # cuDNN's refusal of a layout
-            return f"{attention.name} refuses this layout: {str(error).splitlines()[0][:120]}"
+            return f"{attention.name} refuses this layout: {first_line(error, 120)}"
         for name, ours, theirs in zip(("the result", "dq", "dk", "dv"), found, wanted, strict=True):
             off = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
             if not off < FURTHEST:

@@ -24,7 +24,7 @@ import numpy
 import torch
 
 from thriftune.data import load_file, load_rows
-from thriftune.errors import DataError, DoesNotFitError, InputError, ThriftuneError
+from thriftune.errors import DataError, DoesNotFitError, InputError, ThriftuneError, first_line
 from thriftune.evaluate.intervals import Z_95
 from thriftune.evaluate.score import Asked, Score, share
 from thriftune.infer.batching import Progress, answering
@@ -263,20 +263,16 @@ def _foreign(name: str) -> Iterator[None]:
         ) from error
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            given=f"the data of the harness's task {name} do not load: {_first_line(error)}",
+            given=f"the data of the harness's task {name} do not load: {first_line(error)}",
             allowed="data on this machine or on a hub that answers",
             do="connect, or give a folder with the task's splits (train.jsonl, test.jsonl) as --data",
         ) from error
     except Exception as error:
         raise InputError(
-            given=f"lm-evaluation-harness stopped in the task {name}: {type(error).__name__}: {_first_line(error)}",
+            given=f"lm-evaluation-harness stopped in the task {name}: {type(error).__name__}: {first_line(error)}",
             allowed="a task and a model that the harness can bring together",
             do="look at the first line; a prompt may be too long for the model, or a task file wrong",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]
 
 
 @contextmanager

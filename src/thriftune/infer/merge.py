@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from thriftune.errors import DiskFullError, ModelError, OutputError
+from thriftune.errors import DiskFullError, ModelError, OutputError, first_line
 
 ROUNDING = 1e-3  # a difference of the logits below this share is rounding, whatever the adapter's effect
 # A merged model further from the adapter's than this share of the adapter's effect has lost it: half where 16-bit
@@ -66,7 +66,7 @@ def merge_adapter(adapted: nn.Module) -> nn.Module:
         raise
     except (ValueError, RuntimeError) as error:  # PEFT: NaN in the weights, a bias that the base has no place for
         raise ModelError(
-            given=f"the adapter cannot be merged: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            given=f"the adapter cannot be merged: {first_line(error)}",
             allowed="an adapter of finite weights that adds to its base's weights",
             do="serve the adapter unmerged",
         ) from None
@@ -124,7 +124,7 @@ def folder_written_whole(output: Path) -> Iterator[Path]:
 
 
 def _unwritable(output: Path, error: Exception) -> OutputError | DiskFullError:
-    why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    why = getattr(error, "strerror", None) or first_line(error)
     given = f"{output} cannot be written: {why}"
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):

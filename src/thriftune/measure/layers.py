@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thriftune.errors import ModelError
+from thriftune.errors import ModelError, first_line
 from thriftune.models import LoadedModel
 from thriftune.models.load import ModelDescription
 from thriftune.models.surgery import keep_four_bit_weights_as_they_are
@@ -133,9 +133,9 @@ def _empty_network(kind: str, sizes: dict[str, Any], dtype: torch.dtype, attenti
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(built, dtype=dtype, attn_implementation=attention)
     except Exception as error:  # a wrong value raises whatever its model's class stumbles over
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            given=f"transformers builds no causal language model of type {kind!r} from this config: {said[:200]}",
+            given=f"transformers builds no causal language model of type {kind!r} from this config: "
+            f"{first_line(error, 200)}",
             allowed="architectures of the installed transformers",
             do=WITHOUT,
         ) from None

@@ -23,7 +23,7 @@ from thriftune.data import Example
 from thriftune.engine.choose import engine_path, why_not_here
 from thriftune.engine.path import EnginePath
 from thriftune.engine.sizes import Choice
-from thriftune.errors import DoesNotFitError, ModelError, ThriftuneError
+from thriftune.errors import DoesNotFitError, ModelError, ThriftuneError, first_line
 from thriftune.measure.layers import WITHOUT, number_of_layers, random_model, text_config, two_cuts
 from thriftune.methods import METHODS
 from thriftune.methods.lora import is_out_of_memory
@@ -91,7 +91,7 @@ def measure_step(config: Mapping[str, Any], step: Step) -> StepTime:
 
 
 def _not_run(error: Exception, step: Step) -> ThriftuneError:
-    said = (str(error).strip().splitlines() or [""])[0][:200]
+    said = first_line(error, 200)
     if is_out_of_memory(error):
         return DoesNotFitError(
             given=f"a few layers of this model do not fit on {step.device}: {said}",

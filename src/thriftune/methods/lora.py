@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thriftune.errors import CheckpointError, DoesNotFitError, ModelError, RecipeError
+from thriftune.errors import CheckpointError, DoesNotFitError, ModelError, RecipeError, first_line
 from thriftune.models import LoadedModel
 from thriftune.recipe import LoraRecipe, Recipe, did_you_mean
 
@@ -92,11 +92,11 @@ class LoraMethod:
         except (*PEFT_REFUSES, MemoryError) as error:
             if is_out_of_memory(error):
                 raise DoesNotFitError(
-                    given=f"an adapter of rank {recipe.lora.r} beside {recipe.model.name}: {_first_line(error)}",
+                    given=f"an adapter of rank {recipe.lora.r} beside {recipe.model.name}: {first_line(error)}",
                     allowed="an adapter that fits in memory beside its base",
                     do="lower lora.r, name fewer lora.target_modules, or use method qlora",
                 ) from None
-            raise RecipeError([f"lora: PEFT cannot use these options: {_first_line(error)}"], "the recipe") from None
+            raise RecipeError([f"lora: PEFT cannot use these options: {first_line(error)}"], "the recipe") from None
         _make_plain(config, recipe)
         if problems := _unmatched_patterns(model, recipe.lora):
             raise RecipeError(problems, "the recipe")
@@ -168,10 +168,6 @@ def save_adapter(model: nn.Module, folder: Path, config: Any) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _make_plain(config: Any, recipe: Recipe) -> None:

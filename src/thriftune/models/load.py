@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from thriftune.errors import DoesNotFitError, ModelError
+from thriftune.errors import DoesNotFitError, ModelError, first_line
 from thriftune.model_files import ALLOWED_MODEL, find_model_folder, read_config, tensor_shapes, weight_files
 from thriftune.models.surgery import keep_four_bit_weights_as_they_are
 from thriftune.recipe import ModelRecipe, QuantRecipe
@@ -131,7 +131,7 @@ def load_tokenizer(model: ModelRecipe, folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise ModelError(
-            given=f"no tokenizer can be loaded from {folder}: {_first_line(error)}",
+            given=f"no tokenizer can be loaded from {folder}: {first_line(error)}",
             allowed="tokenizer.json and tokenizer_config.json beside the model",
             do="download the model again; for code that a repository ships, set trust_remote_code=true if you trust it",
         ) from None
@@ -146,7 +146,7 @@ def _check_config(model: ModelRecipe, folder: Path) -> None:
     except Exception as error:  # a wrong value raises whatever its model's configuration stumbles over
         ships_code = "custom code" in str(error)
         raise ModelError(
-            given=f"{folder / 'config.json'} describes no model that can be built: {_first_line(error)}",
+            given=f"{folder / 'config.json'} describes no model that can be built: {first_line(error)}",
             allowed="a config.json of a kind of model that transformers knows",
             do="the repository ships code of its own: set trust_remote_code=true if you have read it and trust it"
             if ships_code
@@ -220,7 +220,7 @@ def _from_pretrained(
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise _does_not_fit(model, description, device, error) from None
         raise ModelError(
-            given=f"{description.folder} cannot be loaded as a causal language model: {_first_line(error)}",
+            given=f"{description.folder} cannot be loaded as a causal language model: {first_line(error)}",
             allowed=ALLOWED_MODEL,
             do="check model_type in config.json and that the files belong together",
         ) from None
@@ -232,7 +232,7 @@ def _does_not_fit(
 ) -> DoesNotFitError:
     return DoesNotFitError(
         given=f"{model.name} ({description.total_parameters:,} parameters) does not fit on {device}: "
-        f"{_first_line(error)}",
+        f"{first_line(error)}",
         allowed="a model whose weights fit in free memory",
         do="use method qlora, close other programs on this device, or take a smaller model",
     )
@@ -270,8 +270,3 @@ def check_vocabulary(network: nn.Module, tokenizer: Any, folder: Path) -> None:
             allowed="a tokenizer whose ids all have an embedding",
             do="use the tokenizer that belongs to the model",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thriftune.errors import ModelError
+from thriftune.errors import ModelError, first_line
 
 
 def outline(folder: Path, attention: str, device: torch.device) -> nn.Module:
@@ -43,7 +43,7 @@ def build_empty(config: Any, dtype: torch.dtype, attention: str) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            given=f"no causal language model can be built from this config: {str(error).strip().splitlines()[0][:300]}",
+            given=f"no causal language model can be built from this config: {first_line(error)}",
             allowed="architectures and attn_implementation of the installed transformers",
             do="check model_type in config.json, or use attn_implementation=sdpa",
         ) from None
@@ -61,7 +61,7 @@ def generation_config_of(network: Any, folder: Path) -> Any:
         return network.generation_config
     except (ValueError, TypeError) as error:
         raise ModelError(
-            given=f"{folder / 'generation_config.json'} cannot be used: {str(error).strip().splitlines()[0][:300]}",
+            given=f"{folder / 'generation_config.json'} cannot be used: {first_line(error)}",
             allowed="a generation_config.json as transformers writes it",
             do="download the model again",
         ) from None

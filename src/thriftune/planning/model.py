@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thriftune.catalog.models import CatalogModel, find_model, near_models
-from thriftune.errors import ModelError
+from thriftune.errors import ModelError, first_line
 from thriftune.hub import ensure_hub_reachable
 from thriftune.model_files import (
     ALLOWED_MODEL,
@@ -147,7 +147,7 @@ def _download_config(model: ModelRecipe) -> Path:
     try:
         return Path(hf_hub_download(model.name, "config.json", revision=model.revision))
     except (HfHubHTTPError, transport_error, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:300]
+        reason = first_line(error).split(". ")[0]
         raise ModelError(
             given=f"the hub did not give config.json of {model.name}, and the catalogue does not have it: {reason}",
             allowed=ALLOWED_MODEL,

@@ -14,6 +14,8 @@ import yaml
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
+from thriftune.errors import first_line
+
 MAX_CHARACTERS = 200_000  # a recipe is a page or two; PyYAML reads this much in about two seconds
 MAX_DEPTH = 20
 MAX_DIGITS = 400  # more than the largest float has; Python itself refuses to read integers from 4,300 digits on
@@ -111,6 +113,6 @@ def write_yaml(content: dict[str, Any]) -> str:
 
 
 def _in_one_line(error: yaml.YAMLError) -> str:
-    problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    problem = getattr(error, "problem", None) or first_line(error)
     mark = getattr(error, "problem_mark", None)
     return f"{problem} (line {mark.line + 1})" if mark is not None else str(problem)

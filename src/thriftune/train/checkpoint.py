@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from thriftune.errors import CheckpointError, DiskFullError
+from thriftune.errors import CheckpointError, DiskFullError, first_line
 from thriftune.records import RankCut
 from thriftune.units import format_bytes
 
@@ -141,7 +141,7 @@ def verify_checkpoint(folder: Path) -> TrainState:
     try:
         return TrainState.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise refuse(f"{STATE} is of another version: {_first_line(error)}") from None
+        raise refuse(f"{STATE} is of another version: {first_line(error)}") from None
 
 
 def find_checkpoint(output: Path, wanted: str, say: Callable[[str], None]) -> tuple[Path, TrainState] | None:
@@ -226,8 +226,4 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)

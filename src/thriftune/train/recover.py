@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from thriftune.errors import DoesNotFitError
+from thriftune.errors import DoesNotFitError, first_line
 
 Result = TypeVar("Result")
 
@@ -72,7 +72,7 @@ def until_it_fits(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = _first_line(error)
+            reason = first_line(error)
         # Outside the except block: the traceback no longer holds the failed attempt's tensors.
         clean()
         gc.collect()
@@ -90,11 +90,7 @@ def fits_or_ends(what: str, allowed: str = BESIDE_THE_MODEL, do: str = LESS_BESI
         if not is_out_of_memory(error):
             raise
         raise DoesNotFitError(
-            given=f"no memory is left for {what}: {_first_line(error)}",
+            given=f"no memory is left for {what}: {first_line(error)}",
             allowed=allowed,
             do=do,
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
