@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from thriftune.engine.attention import Attention, FlashAttention, ReferenceAttention
+from thriftune.engine.attention import Attention, CpuAttention, FlashAttention
 from thriftune.engine.hosted import Slabs
 from thriftune.engine.layer import Layer
 from thriftune.engine.offload import Demand
@@ -97,9 +97,9 @@ def streaming_path(
 
 def choose_attention(device: torch.device, layers: Sequence[Layer]) -> Attention:
     """On CUDA cuDNN's ragged attention where its frontend is installed and found right for these layers, else
-    FlashAttention; the reference on a CPU."""
+    FlashAttention."""
     if device.type != "cuda":
-        return ReferenceAttention()
+        return CpuAttention()
     try:
         import cudnn  # noqa: F401
     except ImportError:
