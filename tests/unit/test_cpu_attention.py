@@ -1,4 +1,4 @@
-"""PyTorch's FlashAttention for CPUs against the reference, and that a row's result does not depend on its neighbours."""
+"""PyTorch's FlashAttention for CPUs against the reference; a row's result does not depend on its neighbours."""
 
 from __future__ import annotations
 
