@@ -16,7 +16,7 @@ WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 1 || echo $$(n=$$(np
 .PHONY: help setup demo test check format bench
 
 help:
-	@echo "make demo     compare methods on the model inside the package, offline, in three minutes"
+	@echo "make demo     compare methods on the model inside the package, offline, in minutes"
 	@echo "make test     every check and every test that this machine can run"
 	@echo "make check    style, types and the layout of the house"
 	@echo "make format   rewrite the sources in the house's style"

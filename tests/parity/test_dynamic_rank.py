@@ -115,13 +115,15 @@ def spoil(monkeypatch) -> Callable[[Callable[..., None]], None]:
 
 def test_resetting_the_moments_instead_ends_with_a_worse_loss(tmp_path, spoil):
     """A cut that forgets Adam's moments lets every parameter jump by a whole rate, wherever its noise points. The model
-    and the sums inside the package; measured over three seeds and rates: worse by 0.22 to 0.49."""
+    and the sums inside the package; seeds 42, 1 and 2 are worse by 0.21 to 0.24, through the engine and autograd alike
+    (seed 7 by 0.05)."""
     changes = {
         "train": {"max_steps": 30, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"},
         "dynamic": {"r_start": 32, "round_to": 1, "n_cuts": 4, "first_cut": 0.3, "last_cut": 0.9},
         "lora": {"alpha": 32.0, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
         "data": {"max_samples": 240},
         "engine": "auto",
+        "seed": 1,
     }
 
     def loss_from_the_first_cut_on(output: Path) -> float:
@@ -136,7 +138,7 @@ def test_resetting_the_moments_instead_ends_with_a_worse_loss(tmp_path, spoil):
 
     carried = loss_from_the_first_cut_on(tmp_path / "carried")
     spoil(reset)
-    assert loss_from_the_first_cut_on(tmp_path / "reset") > carried + 0.05
+    assert loss_from_the_first_cut_on(tmp_path / "reset") > carried + 0.1
 
 
 def test_the_optimizer_trains_what_is_live(model, rows, tmp_path, spoil, monkeypatch):

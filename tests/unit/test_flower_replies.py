@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,19 +52,51 @@ def test_an_update_and_an_error_arrive() -> None:
     assert reply("north", lost).error == "site north: it is gone"
 
 
-def test_a_site_owes_an_answer_until_it_came_or_the_site_was_gone_in_between() -> None:
-    """A SuperNode that comes again knows nothing of what it was sent; Flower tells that only to who asks meanwhile."""
+def link_to(names: dict[int, str], pull: Any) -> tuple[Any, list[Any]]:
+    """A link that has sent each site message x, y ... of its own, and what Flower says of the sites."""
     link: Any = object.__new__(CoordinatorLink)
-    nodes = [SimpleNamespace(node_id=number, last_activated_at="noon") for number in (1, 2, 3)]
-    replies: list[Any] = []
-    link._sites = {1: "a", 2: "b", 3: "c"}
-    link._waiting = {"x": ("a", "noon"), "y": ("b", "noon"), "z": ("c", "noon")}
+    nodes = [SimpleNamespace(node_id=number, last_activated_at="noon") for number in names]
+    link._sites, link._pulls = names, {}
+    link._waiting = {message: (site, "noon") for message, site in zip("xyz", names.values(), strict=False)}
     link._process = SimpleNamespace(exit_code=None)
     link._control = SimpleNamespace(ListNodes=lambda _: SimpleNamespace(nodes_info=nodes))
-    link._grid = SimpleNamespace(pull_messages=lambda _: replies)
+    link._grid = SimpleNamespace(pull_messages=pull)
+    return link, nodes
+
+
+def test_a_reply_that_never_comes_whole_holds_up_no_other_site() -> None:
+    """Flower's question blocks while it waits for the rest of one."""
+    never = threading.Event()
+
+    def pull(asked: list[str]) -> list[Any]:
+        if asked == ["x"]:
+            never.wait(60)
+        return [message(content(asked[0].encode()))]
+
+    link, _ = link_to({1: "a", 2: "b"}, pull)
+    started = time.monotonic()
+    assert link.receive() == [Reply("b", b"y", "")]
+    assert link.receive() == [] and link.owing() == {"a"} and time.monotonic() - started < 5
+    link.forget()
+    never.set()
+    assert link.receive() == []
+
+
+def test_what_a_question_raises_is_raised() -> None:
+    def pull(_: list[str]) -> list[Any]:
+        raise ValueError("no such run")
+
+    link, _ = link_to({1: "a"}, pull)
+    with pytest.raises(ValueError, match="no such run"):
+        link.receive()
+
+
+def test_a_site_owes_an_answer_until_it_came_or_the_site_was_gone_in_between() -> None:
+    """A SuperNode that comes again knows nothing of what it was sent; Flower tells that only to who asks meanwhile."""
+    replies: dict[str, Any] = {}
+    link, nodes = link_to({1: "a", 2: "b", 3: "c"}, lambda asked: [replies[one] for one in asked if one in replies])
     assert link.receive() == [] and link.owing() == {"a", "b", "c"}
-    replies.append(message(content(b"update")))
-    replies[0].metadata = SimpleNamespace(reply_to_message_id="x")
+    replies["x"] = message(content(b"update"))
     nodes[1].last_activated_at = "one o'clock"
     assert link.receive() == [Reply("a", b"update", ""), Reply("b", b"", "site b was gone before it answered")]
     assert link.owing() == {"c"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from thriftune.federated.keys import CoordinatorKeys
 from thriftune.federated.leash import Leashed
 
 COORDINATOR_TASK = "flwr-serverapp"
+ANSWERED_WITHIN_S = 0.2
 ANSWERS_WITHIN_S = 60.0
 EMPTY_APP = {
     "pyproject.toml": b"""[project]
@@ -55,6 +57,34 @@ class Reply:
     error: str
 
 
+class Pull:
+    """The question whether a message has its reply, in a thread of its own: for one whose sender ended while it sent it
+    Flower waits up to two hours, and other sites go on meanwhile."""
+
+    def __init__(self, grid: Any, message: str) -> None:
+        self._ended = threading.Event()
+        self._found: list[Any] = []
+        self._error: Exception | None = None
+        threading.Thread(target=self._ask, args=(grid, message), daemon=True).start()
+
+    def _ask(self, grid: Any, message: str) -> None:
+        try:
+            self._found = list(grid.pull_messages([message]))
+        except Exception as error:  # raised where it is asked for
+            self._error = error
+        self._ended.set()
+
+    def has_ended(self) -> bool:
+        """Waits a moment for it: most questions are answered at once."""
+        return self._ended.wait(ANSWERED_WITHIN_S)
+
+    def found(self) -> list[Any]:
+        """The reply, or nothing; to be asked when it has ended."""
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
 class CoordinatorLink:
     """The SuperLink, the sites' keys registered with it, and one run, as whose app this process acts."""
 
@@ -81,6 +111,7 @@ class CoordinatorLink:
             self.close()
             raise
         self._waiting: dict[str, tuple[str, str]] = {}  # message -> its site, and since when that was connected then
+        self._pulls: dict[str, Pull] = {}  # message -> the question for its reply that is on its way
 
     def online(self) -> set[str]:
         """The sites that are connected now."""
@@ -101,13 +132,18 @@ class CoordinatorLink:
         self._check()
         if not self._waiting:
             return []
+        for message in self._waiting.keys() - self._pulls.keys():
+            self._pulls[message] = Pull(self._grid, message)
         found = []
-        for message in self._grid.pull_messages(list(self._waiting)):
-            site, _ = self._waiting.pop(message.metadata.reply_to_message_id)
-            found.append(reply(site, message))
+        for message, pull in [(message, pull) for message, pull in self._pulls.items() if pull.has_ended()]:
+            del self._pulls[message]
+            for said in pull.found()[:1]:
+                site, _ = self._waiting.pop(message)
+                found.append(reply(site, said))
         now = self._connected_since()
         for lost in [message for message, (site, connected) in self._waiting.items() if now[site] != connected]:
             site, _ = self._waiting.pop(lost)
+            self._pulls.pop(lost, None)
             found.append(Reply(site, b"", f"site {site} was gone before it answered"))
         return found
 
@@ -118,6 +154,7 @@ class CoordinatorLink:
     def forget(self) -> None:
         """Wait no longer for what was sent."""
         self._waiting.clear()
+        self._pulls.clear()
 
     def traffic(self) -> dict[str, int]:
         """Bytes of messages as Flower counts them: sent by the coordinator, received by it."""
