@@ -87,22 +87,19 @@ class Encoder:
 
     def tokens(self, texts: Sequence[str]) -> list[Tokens]:
         """Ids of each text by itself, and where in it each token begins."""
+        if not self.tokenizer.is_fast:
+            return [Tokens(ids, None) for ids in self.encode_plainly(texts)]
         if not texts:
             return []
-        tells = bool(self.tokenizer.is_fast)
         encoded = self.tokenizer(
             list(texts),
             add_special_tokens=False,
             return_attention_mask=False,
-            return_offsets_mapping=tells,
+            return_offsets_mapping=True,
             verbose=False,
         )
-        if not tells:
-            return [Tokens(ids, None) for ids in encoded["input_ids"]]
-        offsets = encoded["offset_mapping"]
-        return [
-            Tokens(ids, [begin for begin, _ in spans]) for ids, spans in zip(encoded["input_ids"], offsets, strict=True)
-        ]
+        found = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [Tokens(ids, [begin for begin, _ in spans]) for ids, spans in found]
 
     def continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that go on from what stands before them, so without the space a sentencepiece writes first."""
