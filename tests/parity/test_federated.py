@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from federation import Federation, gradient_of, recipe_of
 from thriftune.errors import InputError
 from thriftune.federated.adapter import Places, start_of
 from thriftune.federated.aggregate import Adapter, Factors
@@ -19,11 +19,10 @@ from thriftune.federated.message import MessageError, factors_of, open_message, 
 from thriftune.federated.records import FederatedRecord
 from thriftune.federated.result import round_line
 from thriftune.federated.simulate import Simulation, simulate
-from thriftune.federated.site import STARTS, Base, Site, open_base, recipe_of_rounds
+from thriftune.federated.site import STARTS
 from thriftune.methods.lora import read_tensors
 from thriftune.recipe import Recipe
-from thriftune.run import Prepared, prepare_run
-from tiny import metrics_of, tiny_model, tiny_recipe, tiny_rows, train_tiny
+from tiny import metrics_of, tiny_model, tiny_rows, train_tiny
 
 MEASURED = {"step_s", "tokens_per_s", "memory_bytes", "peak_bytes", "energy_j"}
 
@@ -38,28 +37,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_rows(tmp_path_factory.mktemp("federated") / "rows.jsonl", 48)
 
 
-def recipe_of(model: Path, rows: Path, output: Path, *, rounds: int = 3, **sections: Any) -> Recipe:
-    federated = {"rounds": rounds, "local_steps": 2, **sections.pop("federated", {})}
-    steps = federated["rounds"] * federated["local_steps"]
-    return tiny_recipe(model, rows, output, federated=federated, train={"max_steps": steps}, **sections)
-
-
 def run_simulation(recipe: Recipe, clients: int, split: str = "even", ranks: Sequence[int] = ()) -> FederatedRecord:
     return simulate(Simulation(recipe, clients, split, ranks, False, "thriftune federate simulate"), lambda text: None)
-
-
-class Federation:
-    """A coordinator and a base of one process, their messages handed over by the test."""
-
-    def __init__(self, recipe: Recipe, ranks: dict[str, int]) -> None:
-        self.prepared: Prepared = prepare_run(recipe_of_rounds(recipe))
-        self.output = Path(self.prepared.recipe.output or "")
-        self.coordinator = Coordinator(self.prepared.recipe, ranks, self.output, None)
-        self.base: Base = open_base(self.prepared, self.output, lambda text: None)
-
-    def site(self, name: str, keeps: bool = False) -> Site:
-        folder = self.output / name
-        return Site(self.base, name, self.prepared.data.train, folder, [], keeps)
 
 
 @pytest.mark.parametrize("engine", ["auto", "off"])
@@ -118,8 +97,8 @@ def test_the_mean_of_sites_points_where_the_pooled_gradient_does(model: Path, ro
     examples = federation.prepared.data.train
     parts = [examples[:16], examples[16:32]]
     targets = [sum(example.num_targets for example in part) for part in parts]
-    pooled = _gradient(federation.base, [*parts[0], *parts[1]], sum(targets))
-    shares = [_gradient(federation.base, part, count) for part, count in zip(parts, targets, strict=True)]
+    pooled = gradient_of(federation.base, [*parts[0], *parts[1]], sum(targets))
+    shares = [gradient_of(federation.base, part, count) for part, count in zip(parts, targets, strict=True)]
     weights = [count / sum(targets) for count in targets]
     mean = [
         sum(weight * share[place] for weight, share in zip(weights, shares, strict=True))
@@ -128,55 +107,6 @@ def test_the_mean_of_sites_points_where_the_pooled_gradient_does(model: Path, ro
     assert targets[0] != targets[1]
     for found, wanted in zip(mean, pooled, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
-
-
-def _gradient(base: Base, examples: Sequence[Any], targets: int) -> list[Tensor]:
-    for parameter in base.job.trainable:
-        parameter.grad = None
-    base.path.add_gradients(examples, targets)
-    return [parameter.grad.clone() for parameter in base.job.trainable if parameter.grad is not None]
-
-
-def test_a_site_of_lower_rank_leaves_the_rest_as_it_is_and_sends_its_part_only(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
-    ranks = {"small": 1, "large": 4}
-    federation = Federation(recipe_of(model, rows, tmp_path), ranks)
-    for _ in range(2):  # in the second round the rest is something
-        for name in ranks:
-            data = federation.site(name).answer(federation.coordinator.offer(name))
-            if name == "small":
-                _check_small(federation, data)
-            federation.coordinator.take(name, data)
-        federation.coordinator.close(lambda: None)
-
-
-def _check_small(federation: Federation, data: bytes) -> None:
-    current, after = federation.coordinator.current, federation.base.places.read()
-    moved = 0.0
-    for name, factors in after.items():
-        assert torch.equal(factors.b_OR[:, 1:], current[name].b_OR[:, 1:].bfloat16().float())
-        assert torch.equal(factors.a_RI[1:], current[name].a_RI[1:].bfloat16().float())
-        moved += float((factors.b_OR[:, :1] - current[name].b_OR[:, :1]).norm())
-    assert moved > 0.0
-    sides = sum(out + into for out, into in federation.base.places.shapes().values())
-    message = open_message(data)
-    assert len(message.body) == 2 * 1 * sides
-    assert len(data) - len(message.body) < 600
-
-
-def test_a_site_of_lower_rank_moves_the_model_about_as_far(model: Path, rows: Path, tmp_path: Path) -> None:
-    """One step from B = 0, where the change is that of B: with one scale for all it would be a quarter as far."""
-    moved = {}
-    for aggregation in ("svd", "fedit"):
-        settings = {"aggregation": aggregation, "local_steps": 1, "send_dtype": "float32"}
-        federation = Federation(recipe_of(model, rows, tmp_path / aggregation, federated=settings), {"s": 1, "l": 4})
-        for name in ("s", "l"):
-            federation.site(name).answer(federation.coordinator.offer(name))
-            now = federation.base.places.read()
-            moved[aggregation, name] = sum(float(part.b_OR.square().sum()) for part in now.values()) ** 0.5
-    assert 0.4 < moved["fedit", "s"] / moved["fedit", "l"] < 0.6  # a quarter of the numbers, each by the rate
-    assert moved["svd", "s"] == pytest.approx(4 * moved["fedit", "s"], rel=0.02)
 
 
 def test_rolora_trains_and_sends_one_factor_a_round(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -251,6 +181,10 @@ def test_messages_that_are_cut_changed_old_or_sent_again_are_refused(model: Path
     [
         ({"train_rank": 0}, "rank 0"),
         ({"train_rank": 5}, "rank 5"),
+        ({"train_rank": 3}, "from 0 to 4"),
+        ({"train_first": 4}, "from 4 to 4"),
+        ({"train_first": -1}, "from -1 to 4"),
+        ({"train_end": 5}, "from 0 to 5"),
         ({"round": 3}, "round 4"),
         ({"round": -1}, "round 0"),
         ({"rank": 3}, "rank 3, not 4"),
@@ -340,20 +274,6 @@ def test_a_coordinator_that_was_stopped_goes_on_and_ends_the_same(model: Path, r
     for name, factors in again.current.items():
         assert torch.equal(factors.b_OR, stopped.coordinator.current[name].b_OR)
         assert torch.equal(factors.a_RI, stopped.coordinator.current[name].a_RI)
-
-
-def test_a_restarted_site_goes_on_with_its_optimizer(model: Path, rows: Path, tmp_path: Path) -> None:
-    """The second round of a site that was started anew is that of one that kept running, to the bit."""
-    bytes_of = []
-    for restarts in (False, True):
-        recipe = recipe_of(model, rows, tmp_path / str(restarts), rounds=2, federated={"send_dtype": "float32"})
-        federation = Federation(recipe, {"a": 4})
-        site = federation.site("a", keeps=True)
-        federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
-        federation.coordinator.close(lambda: None)
-        site = federation.site("a", keeps=True) if restarts else site
-        bytes_of.append(open_message(site.answer(federation.coordinator.offer("a"))).body)
-    assert bytes_of[0] == bytes_of[1]
 
 
 def test_the_record_has_the_bytes_of_each_site_and_round(model: Path, rows: Path, tmp_path: Path) -> None:

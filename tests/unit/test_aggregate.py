@@ -13,9 +13,11 @@ from torch import Tensor
 from thriftune.federated.aggregate import (
     NEGLIGIBLE,
     Factors,
+    Share,
     Update,
     aggregate,
     change_norm,
+    part_of,
     refuse_unusable,
     stacked_mean,
     trained_half,
@@ -35,61 +37,97 @@ def dense(factors: Factors) -> Tensor:
     return factors.b_OR.double() @ factors.a_RI.double()
 
 
-def dense_mean(current: Factors, parts: list[Factors], weights: list[float]) -> Tensor:
-    """Each site's whole update: what it trained, and the components it left as they were."""
-    total = sum(weights)
-    mean = torch.zeros_like(dense(current))
-    for part, weight in zip(parts, weights, strict=True):
-        rest = Factors(current.b_OR[:, part.rank :], current.a_RI[part.rank :])
-        mean += weight / total * (dense(part) + dense(rest))
+def share(part: Factors, first: int, weight: float, parts: int) -> Share:
+    return Share(Factors(part.b_OR.double(), part.a_RI.double()), first, weight, parts)
+
+
+def dense_mean(current: Factors, shares: list[Share]) -> Tensor:
+    """The current product, and what each site changed in it, as often as it counts."""
+    mean = dense(current)
+    for one in shares:
+        before = current.between(one.first, one.end)
+        mean = mean + one.weight * one.parts * (dense(one.factors) - dense(before))
     return mean
+
+
+def some_shares(out: int, into: int, ranks: list[int], seed: int) -> list[Share]:
+    """One site a rank, each at another turn of its parts."""
+    total = sum(3 * number + 1 for number in range(len(ranks)))
+    shares = []
+    for number, rank in enumerate(ranks):
+        first, end, parts = part_of("svd", rank, max(ranks), seed + number)
+        part = draw(out, into, end - first, seed + number + 1)
+        shares.append(share(part, first, (3 * number + 1) / total, parts))
+    return shares
+
+
+def updates_of(shares: list[Share]) -> list[Update]:
+    return [
+        Update(str(number), 7.0 * one.weight, {"m": one.factors}, one.first, one.parts)
+        for number, one in enumerate(shares)
+    ]
+
+
+@given(st.integers(1, 40), st.data())
+def test_parts_hold_every_component_once_and_no_more_than_the_rank(whole: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, whole))
+    turns = [part_of("svd", rank, whole, turn) for turn in range(part_of("svd", rank, whole, 0)[2])]
+    assert [component for first, end, _ in turns for component in range(first, end)] == list(range(whole))
+    assert all(0 < end - first <= rank and parts == len(turns) for first, end, parts in turns)
+    assert part_of("svd", rank, whole, len(turns)) == turns[0]
+    assert part_of("fedit", rank, whole, data.draw(st.integers(0, 9))) == (0, rank, 1)
 
 
 @given(SHAPES, RANKS, st.integers(0, 1000))
 def test_the_stack_is_the_dense_weighted_mean_at_any_ranks(shape: tuple[int, int], ranks: list[int], seed: int) -> None:
     out, into = shape
-    current = draw(out, into, max(ranks), seed)
-    parts = [draw(out, into, rank, seed + number + 1) for number, rank in enumerate(ranks)]
-    weights = [float(3 * number + 1) for number in range(len(parts))]
-    shares = [weight / sum(weights) for weight in weights]
-    full = [Factors(part.b_OR.double(), part.a_RI.double()) for part in parts]
-    stack = stacked_mean(Factors(current.b_OR.double(), current.a_RI.double()), full, shares)
-    wanted = dense_mean(current, parts, weights)
+    current, shares = draw(out, into, max(ranks), seed), some_shares(out, into, ranks, seed)
+    stack = stacked_mean(Factors(current.b_OR.double(), current.a_RI.double()), shares)
+    wanted = dense_mean(current, shares)
     assert (dense(stack) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_over_a_turn_of_all_parts_every_site_counts_by_its_weight_in_every_component() -> None:
+    """Sites of ranks 1, 2 and 4 that each would change a component by one: after four rounds all are four further."""
+    ranks, weights = [1, 2, 4], [0.5, 0.3, 0.2]
+    moved = torch.zeros(4)
+    for round_number in range(4):
+        for site, (rank, weight) in enumerate(zip(ranks, weights, strict=True)):
+            first, end, parts = part_of("svd", rank, 4, round_number + site)
+            moved[first:end] += weight * parts
+    assert torch.allclose(moved, torch.full((4,), 4.0))
 
 
 @given(SHAPES, RANKS, st.integers(0, 1000))
 def test_svd_is_the_best_approximation_of_the_global_rank(shape: tuple[int, int], ranks: list[int], seed: int) -> None:
     out, into = shape
-    current = draw(out, into, max(ranks), seed)
-    parts = [draw(out, into, rank, seed + number + 1) for number, rank in enumerate(ranks)]
-    weights = [float(number + 1) for number in range(len(parts))]
-    updates = [Update(str(number), weights[number], {"m": part}) for number, part in enumerate(parts)]
-    found = aggregate("svd", {"m": current}, updates)
-    wanted = dense_mean(current, parts, weights)
+    current, shares = draw(out, into, max(ranks), seed), some_shares(out, into, ranks, seed)
+    found = aggregate("svd", {"m": current}, updates_of(shares))
+    wanted = dense_mean(current, shares)
     values = torch.linalg.svdvals(wanted)
     kept = min(max(ranks), len(values))
     error = (dense(found.adapter["m"]) - wanted).norm()
     assert error <= (values[kept:].square().sum() + NEGLIGIBLE * wanted.square().sum()).sqrt() + 1e-9 * wanted.norm()
     assert found.adapter["m"].b_OR.shape == current.b_OR.shape
     assert found.adapter["m"].a_RI.shape == current.a_RI.shape
-    share = float(values[:kept].square().sum() / values.square().sum())
-    if len(parts) == 1:  # taken as it is
+    share_kept = float(values[:kept].square().sum() / values.square().sum())
+    if len(shares) == 1:  # taken as it is
         assert found.energy_kept is None
     else:
-        assert found.energy_kept is not None and share - NEGLIGIBLE - 1e-9 <= found.energy_kept <= share + 1e-9
+        assert (
+            found.energy_kept is not None and share_kept - NEGLIGIBLE - 1e-9 <= found.energy_kept <= share_kept + 1e-9
+        )
 
 
 @pytest.mark.parametrize(("out", "into"), [(24, 40), (40, 24)])
-def test_leading_blocks_hold_the_most_energy(out: int, into: int) -> None:
-    """A site of rank 2 or 5 gets the best 2 or 5 components, however they are turned within."""
-    stack = draw(out, into, 12, seed=3)
-    full = Factors(stack.b_OR.double(), stack.a_RI.double())
-    found, _, _ = truncated(full, 8, torch.randn(8, into, dtype=torch.float64), [2, 5, 8])
-    values = torch.linalg.svdvals(dense(stack))
-    for rank in (2, 5, 8):
-        most = (values[rank:].square().sum() + NEGLIGIBLE * values.square().sum()).sqrt()
-        assert values[rank:].norm() * (1 - 1e-9) <= (dense(found.top(rank)) - dense(stack)).norm() <= most
+def test_factors_whose_product_is_the_mean_come_back_as_they_are(out: int, into: int) -> None:
+    """A site's moments belong to coordinates: what need not be turned is not, however far from orthogonal the rows."""
+    factors = Factors(draw(out, into, 6, seed=3).b_OR.double(), draw(out, into, 6, seed=4).a_RI.double())
+    mixed = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    stack = Factors(factors.b_OR @ mixed, torch.linalg.inv(mixed) @ factors.a_RI)
+    found, _, _ = truncated(stack, 6, factors.a_RI)
+    assert torch.allclose(found.b_OR, factors.b_OR, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(found.a_RI, factors.a_RI, rtol=1e-6, atol=1e-8)
 
 
 def test_new_rows_of_a_stay_near_the_sites_rows_and_can_all_train() -> None:
@@ -101,10 +139,23 @@ def test_new_rows_of_a_stay_near_the_sites_rows_and_can_all_train() -> None:
     start = Factors(current.b_OR * 0.0, current.a_RI)
     found = aggregate("svd", {"m": start}, [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(small)])
     a_RI = found.adapter["m"].a_RI
-    row_norm = current.a_RI.double().square().sum(1).mean().sqrt()
-    assert torch.allclose(a_RI.norm(dim=1), row_norm.expand(6))
-    alike = torch.nn.functional.cosine_similarity(a_RI, current.a_RI.double(), dim=1)
-    assert float(alike.min()) > 0.6
+    assert torch.allclose(a_RI, current.a_RI.double(), rtol=1e-6, atol=1e-6)
+    assert float(found.adapter["m"].b_OR[:, 2:].abs().max()) < 1e-9
+
+
+def test_a_direction_that_no_row_of_a_has_gets_a_row_that_is_long_enough() -> None:
+    """Two sites whose changes of A and B go together: their mean has what neither mean factor has."""
+    current = Factors(torch.zeros(8, 2), torch.eye(2, 9))
+    away = torch.zeros(2, 9)
+    away[0, 5] = 3.0
+    b_OR = torch.zeros(8, 2)
+    b_OR[4, 0] = 2.0
+    parts = [Factors(sign * b_OR, current.a_RI + sign * away) for sign in (1.0, -1.0)]
+    found = aggregate("svd", {"m": current}, [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(parts)])
+    wanted = sum(dense(part) for part in parts) / 2
+    assert float(wanted[4, 5]) == 6.0
+    assert torch.allclose(dense(found.adapter["m"]), wanted, atol=1e-9)
+    assert float(found.adapter["m"].a_RI.norm(dim=1).min()) > 0.09
 
 
 def test_one_full_update_is_taken_to_the_bit() -> None:
@@ -124,7 +175,7 @@ def test_with_one_factor_shared_the_linear_methods_are_exact(aggregation: str, r
     weights = [1.0, 2.0, 5.0]
     updates = [Update(str(site), weight, {"m": part}) for site, (part, weight) in enumerate(zip(parts, weights))]  # noqa: B905
     found = aggregate(aggregation, {"m": current}, updates).adapter["m"]
-    wanted = dense_mean(current, parts, weights)
+    wanted = dense_mean(current, [share(part, 0, weight / 8, 1) for part, weight in zip(parts, weights)])  # noqa: B905
     assert (dense(found) - wanted).norm() <= 1e-5 * wanted.norm()
     assert half == ("b" if aggregation == "ffa" or round_number == 0 else "a")
 
@@ -135,7 +186,7 @@ def test_averaging_both_factors_is_not_the_mean_of_the_updates() -> None:
     parts = [draw(13, 21, 4, seed=6 + site) for site in range(3)]
     updates = [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(parts)]
     found = aggregate("fedit", {"m": current}, updates)
-    wanted = dense_mean(current, parts, [1.0, 1.0, 1.0])
+    wanted = dense_mean(current, [share(part, 0, 1 / 3, 1) for part in parts])
     assert (dense(found.adapter["m"]) - wanted).norm() > 0.1 * wanted.norm()
     assert found.energy_kept is None, "nothing was cut"
 
@@ -150,10 +201,9 @@ def test_equal_updates_give_that_update() -> None:
 
 def test_the_norm_of_a_change_is_the_dense_one() -> None:
     current = {"m": draw(15, 8, 6, seed=1), "n": draw(7, 9, 6, seed=2)}
-    update = Update("a", 1.0, {"m": draw(15, 8, 4, seed=3), "n": draw(7, 9, 4, seed=4)})
-    wanted = math.sqrt(
-        sum(float((dense(update.adapter[name]) - dense(current[name].top(4))).square().sum()) for name in current)
-    )
+    update = Update("a", 1.0, {"m": draw(15, 8, 3, seed=3), "n": draw(7, 9, 3, seed=4)}, first=2, parts=2)
+    changes = [dense(update.adapter[name]) - dense(current[name].between(2, 5)) for name in current]
+    wanted = math.sqrt(sum(float(change.square().sum()) for change in changes))
     assert change_norm(current, update, 2.0) == pytest.approx(2.0 * wanted)
 
 

@@ -26,7 +26,17 @@ SHAPES = {"m": (7, 11), "n": (12, 5)}
 def header(half: Half = "both", rank: int = 3, dtype: str = "bfloat16") -> Header:
     values = {"kind": "update", "federation": "f", "round": 0, "rounds": 2, "site": "a", "ticket": "t", "half": half}
     return Header.model_validate(
-        {**values, "rank": rank, "train": half, "train_rank": rank, "dtype": dtype, "places": "p", "terms": "q"}
+        {
+            **values,
+            "rank": rank,
+            "train": half,
+            "train_rank": rank,
+            "train_first": 0,
+            "train_end": rank,
+            "dtype": dtype,
+            "places": "p",
+            "terms": "q",
+        }
     )
 
 
@@ -49,6 +59,19 @@ def test_float32_arrives_to_the_bit() -> None:
     found = factors_of(open_message(pack(header(dtype="float32"), sent)), SHAPES, draw(2))
     assert all(torch.equal(found[name].b_OR, part.b_OR) and torch.equal(found[name].a_RI, part.a_RI)
                for name, part in sent.items())  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_part_in_the_middle_arrives_as_that_part(dtype: str) -> None:
+    """The components 1 to 3 of three, changed: the others neither travel nor are taken for what they are not."""
+    named = header(rank=2, dtype=dtype).model_copy(update={"first": 1})
+    before = draw(1)
+    after = moved(before, draw(2, 0.125))
+    found = update_of(open_message(pack_update(named, before, after)), SHAPES, before)
+    for name, part in after.items():
+        assert torch.allclose(found[name].b_OR, part.b_OR[:, 1:], atol=2e-3)
+        assert torch.allclose(found[name].a_RI, part.a_RI[1:], atol=2e-3)
+        assert not torch.allclose(part.b_OR[:, 1:], part.b_OR[:, :2], atol=0.1)
 
 
 @pytest.mark.parametrize("half", ["both", "a", "b"])

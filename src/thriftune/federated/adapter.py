@@ -51,13 +51,6 @@ class Places:
                 place.b.copy_(adapter[name].b_OR)
                 place.a.copy_(adapter[name].a_RI)
 
-    def stretch(self, rank: int, factor: float) -> None:
-        """Multiply the first `rank` rows of A by a factor and divide the columns of B by it: the product stays."""
-        with torch.no_grad():
-            for place in self.by_name.values():
-                place.b[:, :rank] /= factor
-                place.a[:rank] *= factor
-
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix."""
         return {name: (place.b.shape[0], place.a.shape[1]) for name, place in self.by_name.items()}

@@ -1,17 +1,20 @@
 """The sites' updates made one: pure functions of factors. A matrix's update is scale * B A, the same scale everywhere.
 
-`svd` (default) is the exact weighted mean of the updates, sum_k w_k B_k A_k, held as stacked factors
+`svd` (default) is the exact weighted mean of the updates, held as stacked factors and cut to the global rank by its
+singular values, whose squares are its energy (Bai et al. 2024, FlexLoRA, arXiv:2402.11505, without the dense product).
+A site of rank r_k trains a part of at most r_k components, n_k = ceil(R / r_k) parts in turn, beside the frozen others
+(as FedRolex has a small site train a rolling part of a network, Alam et al. 2022, arXiv:2212.01548). What it changed,
+B_k A_k less the product B_p A_p of its part before, counts n_k times, so that over n_k rounds every site counts by its
+weight in every component:
 
-    [w_1 B_1 ... w_K B_K] [A_1 ; ... ; A_K]
+    B A + sum_k w_k n_k (B_k A_k - B_p A_p)  =  [w_1 n_1 B_1 ... w_K n_K B_K  B u] [A_1 ; ... ; A_K ; A]
 
-and cut to the global rank by its singular values, whose squares are its energy (Bai et al. 2024, FlexLoRA,
-arXiv:2402.11505, without the dense product). A site of rank r_k trains the first r_k components of the global adapter
-beside the frozen others, so its update is B_k A_k plus the others' product, and the others enter the stack as well,
-each with the weight of the sites that did not train it. `fedit` averages A and B by themselves (Zhang et al. 2023,
-arXiv:2305.05644), which is not the mean of the updates. Where all sites share one of the factors it is: `ffa` never
-trains A (Sun et al. 2024, arXiv:2403.12313), `rolora` trains B and A in turn (Chen et al. 2025, arXiv:2502.01755).
+with u = 1 - sum_k w_k n_k over the sites whose part has the component (docs/decisions/0017). `fedit` averages A and B
+by themselves (Zhang et al. 2023, arXiv:2305.05644), which is not the mean of the updates. Where all sites share one of
+the factors it is: `ffa` never trains A (Sun et al. 2024, arXiv:2403.12313), `rolora` trains B and A in turn (Chen et
+al. 2025, arXiv:2502.01755).
 
-Shape legend: O out, I in, R global rank, r a site's rank, S rank of a stack, K values of a decomposition.
+Shape legend: O out, I in, R global rank, r components of a part, S rank of a stack, K values of a decomposition.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
 from typing import Literal
 
@@ -31,6 +33,7 @@ from thriftune.lowrank import lowrank_svd
 Half = Literal["both", "b", "a"]
 MIXED_RANKS = ("svd", "fedit")  # the others are exact at equal ranks only
 NEGLIGIBLE = 1e-4  # share of the mean's energy, in its weakest components, that is given up for room to train
+LEAST_ROW = 0.1  # of the mean norm of A's rows: none becomes shorter, so that its column of B can train
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Factors:
     def rank(self) -> int:
         return self.a_RI.shape[0]
 
-    def top(self, rank: int) -> Factors:
-        return Factors(self.b_OR[:, :rank], self.a_RI[:rank])
+    def between(self, first: int, end: int) -> Factors:
+        return Factors(self.b_OR[:, first:end], self.a_RI[first:end])
 
 
 Adapter = Mapping[str, Factors]  # by the name of the module that carries it
@@ -53,11 +56,14 @@ Adapter = Mapping[str, Factors]  # by the name of the module that carries it
 
 @dataclass(frozen=True)
 class Update:
-    """What a site sends after a round. `weight` is its share in the mean before the weights are made to sum to one."""
+    """What a site sends after a round: the components from `first` on. `weight` is its share in the mean before the
+    weights are made to sum to one; `parts` is n_k, how many times its change counts."""
 
     site: str
     weight: float
     adapter: Adapter
+    first: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,57 +90,79 @@ def trained_half(aggregation: str, round_number: int) -> Half:
     return "both"
 
 
+def part_of(aggregation: str, rank: int, whole: int, turn: int) -> tuple[int, int, int]:
+    """(first, end, number of parts) of the components that a site of this rank trains when it is this turn: the parts,
+    of nearly equal size, one after another. `fedit` is the way it is known: always the first components."""
+    if aggregation != "svd":
+        return 0, rank, 1
+    parts = math.ceil(whole / rank)
+    number = turn % parts
+    return number * whole // parts, (number + 1) * whole // parts, parts
+
+
 def aggregate(aggregation: str, current: Adapter, updates: Sequence[Update]) -> Aggregate:
     """The next global adapter, in float64, of the current one's rank. Raises ValueError without an update."""
     if not updates:
         raise ValueError("a mean of no updates")
     total = math.fsum(update.weight for update in updates)
-    weights = [update.weight / total for update in updates]
     merge = _svd if aggregation == "svd" else _mean_of_factors
     adapter, kept, whole = {}, 0.0, 0.0
     for name, now in current.items():
-        parts = [_in_full(update.adapter[name]) for update in updates]
-        adapter[name], kept_here, whole_here = merge(_in_full(now), parts, weights)
+        shares = [
+            Share(_in_full(update.adapter[name]), update.first, update.weight / total, update.parts)
+            for update in updates
+        ]
+        adapter[name], kept_here, whole_here = merge(_in_full(now), shares)
         kept, whole = kept + kept_here, whole + whole_here
     return Aggregate(adapter, kept / whole if whole else None)
 
 
-def stacked_mean(current: Factors, parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The exact weighted mean of the sites' updates as one pair of factors of rank S = sum of the r_k, plus R for the
-    components that some sites did not train."""
-    untrained_R = torch.zeros(current.rank, dtype=current.a_RI.dtype)
-    for part, weight in zip(parts, weights, strict=True):
-        untrained_R[part.rank :] += weight
-    left_OS = torch.cat(
-        [*(part.b_OR * weight for part, weight in zip(parts, weights, strict=True)), current.b_OR * untrained_R], dim=1
-    )
-    return Factors(left_OS, torch.cat([*(part.a_RI for part in parts), current.a_RI]))
+@dataclass(frozen=True)
+class Share:
+    """One site's part of one matrix: the components from `first` on, its weight (all sum to one) and its n_k."""
+
+    factors: Factors
+    first: int
+    weight: float
+    parts: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.factors.rank
+
+    @property
+    def counts(self) -> float:
+        return self.weight * self.parts
 
 
-def truncated(stack: Factors, rank: int, near_RI: Tensor, ends: Sequence[int]) -> tuple[Factors, float, float]:
-    """(the best approximation of rank `rank`, less its NEGLIGIBLE part; its squared norm; the stack's). Components fall
-    in energy from one block to the next; blocks end at `ends`, the ranks that sites have.
+def stacked_mean(current: Factors, shares: Sequence[Share]) -> Factors:
+    """The exact mean of the updates as one pair of factors of rank S = R plus all parts' r (the module's formula)."""
+    left_R = torch.ones(current.rank, dtype=current.a_RI.dtype)
+    for share in shares:
+        left_R[share.first : share.end] -= share.counts
+    left_OS = torch.cat([*(share.factors.b_OR * share.counts for share in shares), current.b_OR * left_R], dim=1)
+    return Factors(left_OS, torch.cat([*(share.factors.a_RI for share in shares), current.a_RI]))
 
-    All rows of the new A have the norm that the rows of `near_RI` have on the average, so that each component is as
-    easy to train as at the start, and within a block they are turned towards `near_RI`: the sites' optimizers go on in
-    about the coordinates they know. Neither changes the product.
+
+def truncated(stack: Factors, rank: int, near_RI: Tensor) -> tuple[Factors, float, float]:
+    """(the best approximation of rank `rank`, less its NEGLIGIBLE part; its squared norm; the stack's).
+
+    Of all factors with that product those are taken whose A is what `near_RI` has in the directions of the product, so
+    the sites' optimizers go on in the coordinates they know: where the factors that `near_RI` belongs to have that very
+    product, they come back. Directions of `near_RI` that the product does not use yet stay in A, with B = 0.
     """
     found = lowrank_svd(stack.b_OR, stack.a_RI)
     energy_K = found.values_R.square()
     kept = min(rank, len(energy_K))
     live = min(kept, 1 + int((energy_K.cumsum(0) < (1.0 - NEGLIGIBLE) * energy_K.sum()).sum()))
-    row_norm = float(near_RI.square().sum(1).mean().sqrt()) or 1.0
     right_KI = torch.cat([found.right_RI[:live], _unused_directions(near_RI, found.right_RI[:live], kept - live)])
-    right_KI *= row_norm
-    left_OK = found.left_OR[:, :kept] * found.values_R[:kept] / row_norm
+    left_OK = found.left_OR[:, :kept] * found.values_R[:kept]
     left_OK[:, live:] = 0.0
-    for first, end in _blocks(ends, kept):
-        turned, _, onto = torch.linalg.svd(near_RI[first:end] @ right_KI[first:end].T)
-        turn = turned @ onto
-        right_KI[first:end] = turn @ right_KI[first:end]
-        left_OK[:, first:end] = left_OK[:, first:end] @ turn.T
+    turned_KK, sizes_K, onto_KK = torch.linalg.svd(near_RI[:kept] @ right_KI.T)
+    sizes_K = sizes_K.clamp(min=LEAST_ROW * float(near_RI.square().sum(1).mean().sqrt()) or 1.0)
     b_OR, a_RI = left_OK.new_zeros(left_OK.shape[0], rank), near_RI.clone()
-    b_OR[:, :kept], a_RI[:kept] = left_OK, right_KI
+    b_OR[:, :kept] = left_OK @ onto_KK.T / sizes_K @ turned_KK.T
+    a_RI[:kept] = turned_KK * sizes_K @ onto_KK @ right_KI
     return Factors(b_OR, a_RI), float(energy_K[:live].sum()), float(energy_K.sum())
 
 
@@ -142,7 +170,8 @@ def change_norm(current: Adapter, update: Update, scale: float) -> float:
     """Norm of what a site changed, scale * (B_k A_k - B A) over all matrices, B A the components that it trained."""
     squared = 0.0
     for name, factors in update.adapter.items():
-        now, new = _in_full(current[name].top(factors.rank)), _in_full(factors)
+        now = _in_full(current[name].between(update.first, update.first + factors.rank))
+        new = _in_full(factors)
         left_OS, right_SI = torch.cat([new.b_OR, -now.b_OR], dim=1), torch.cat([new.a_RI, now.a_RI])
         squared += float(((left_OS.T @ left_OS) * (right_SI @ right_SI.T)).sum())
     return scale * math.sqrt(max(squared, 0.0))
@@ -177,41 +206,29 @@ def refuse_unusable(
     return taken, refused, [norms[update.site] for update in taken]
 
 
-def _svd(current: Factors, parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Factors, float, float]:
-    if len(parts) == 1 and parts[0].rank == current.rank:
-        return parts[0], 0.0, 0.0  # the mean of one is itself, to the bit
-    near_RI = _padded_mean([part.a_RI for part in parts], weights, current.a_RI)
-    return truncated(stacked_mean(current, parts, weights), current.rank, near_RI, [part.rank for part in parts])
+def _svd(current: Factors, shares: Sequence[Share]) -> tuple[Factors, float, float]:
+    if len(shares) == 1 and shares[0].factors.rank == current.rank:
+        return shares[0].factors, 0.0, 0.0  # the mean of one is itself, to the bit
+    near_RI = current.a_RI.clone()
+    for share in shares:
+        part = slice(share.first, share.end)
+        near_RI[part] += share.counts * (share.factors.a_RI - current.a_RI[part])
+    return truncated(stacked_mean(current, shares), current.rank, near_RI)
 
 
-def _mean_of_factors(
-    current: Factors, parts: Sequence[Factors], weights: Sequence[float]
-) -> tuple[Factors, float, float]:
+def _mean_of_factors(current: Factors, shares: Sequence[Share]) -> tuple[Factors, float, float]:
     """Smaller ranks are filled with zeros, as FedIT's users do."""
     b_OR, a_RI = torch.zeros_like(current.b_OR), torch.zeros_like(current.a_RI)
-    for part, weight in zip(parts, weights, strict=True):
-        b_OR[:, : part.rank] += part.b_OR * weight
-        a_RI[: part.rank] += part.a_RI * weight
+    for share in shares:
+        b_OR[:, share.first : share.end] += share.factors.b_OR * share.weight
+        a_RI[share.first : share.end] += share.factors.a_RI * share.weight
     return Factors(b_OR, a_RI), 0.0, 0.0
-
-
-def _padded_mean(parts_rI: Sequence[Tensor], weights: Sequence[float], current_RI: Tensor) -> Tensor:
-    """The weighted mean of the sites' A, the current one's rows standing in where a site has none."""
-    mean_RI = torch.zeros_like(current_RI)
-    for part_rI, weight in zip(parts_rI, weights, strict=True):
-        mean_RI += torch.cat([part_rI, current_RI[len(part_rI) :]]) * weight
-    return mean_RI
 
 
 def _unused_directions(near_RI: Tensor, used_KI: Tensor, count: int) -> Tensor:
     """Where the rows of `near_RI` reach furthest beyond the directions in use: for components that are still zero."""
     _, _, directions = torch.linalg.svd(near_RI - near_RI @ used_KI.T @ used_KI, full_matrices=False)
     return directions[:count]
-
-
-def _blocks(ends: Sequence[int], size: int) -> list[tuple[int, int]]:
-    edges = sorted({0, size, *(end for end in ends if end < size)})
-    return list(pairwise(edges))
 
 
 def _in_full(factors: Factors) -> Factors:

@@ -26,6 +26,7 @@ from thriftune.federated.aggregate import (
     Refused,
     Update,
     aggregate,
+    part_of,
     refuse_unusable,
     trained_half,
 )
@@ -107,6 +108,7 @@ class Coordinator:
 
     def _message(self, site: str, kind: Literal["offer", "end"], ticket: str) -> bytes:
         rounds = self.recipe.federated
+        first, stop, _ = self._part(site)
         header = Header(
             kind=kind,
             federation=self.state.federation,
@@ -118,17 +120,26 @@ class Coordinator:
             rank=self._places.rank,
             train=trained_half(rounds.aggregation, self.round),
             train_rank=self.sites[site],
+            train_first=first,
+            train_end=stop,
             dtype=rounds.send_dtype if kind == "offer" else "float32",
             places=self._places.fingerprint(),
             terms=terms_of(self.recipe),
         )
         return pack(header, self.current)
 
+    def _part(self, site: str) -> tuple[int, int, int]:
+        """(first, end, number of parts) of the components that a site trains in this round. Sites of one rank do not
+        all train the same part."""
+        turn = self.round + list(self.sites).index(site)
+        return part_of(self.recipe.federated.aggregation, self.sites[site], self._places.rank, turn)
+
     def take(self, site: str, data: bytes) -> None:
         """Keep the update that a site sent. Raises MessageError for one that is not the answer to this round's
         offer."""
         message = open_message(data)
         header = message.header
+        first, stop, parts = self._part(site)
         expect(
             header,
             kind="update",
@@ -136,7 +147,8 @@ class Coordinator:
             federation=self.state.federation,
             round=self.round,
             ticket=self._tickets.get(site),
-            rank=self.sites[site],
+            first=first,
+            rank=stop - first,
             half=trained_half(self.recipe.federated.aggregation, self.round),
             dtype=self.recipe.federated.send_dtype,
             places=self._places.fingerprint(),
@@ -148,7 +160,8 @@ class Coordinator:
         weight = 1.0 if self.recipe.federated.clip_norm else float(header.targets or 0)
         if weight <= 0:
             raise MessageError(given=f"site {site} names no target tokens", allowed="1 or more", do="it is not used")
-        self._updates[site] = Update(site, weight, update_of(message, self._shapes, self.current))
+        adapter = update_of(message, self._shapes, self.current)
+        self._updates[site] = Update(site, weight, adapter, first, parts)
         own = {"targets": header.targets, "loss": header.loss, "train_s": header.train_s}
         update = {"bytes_up": len(data), "bytes_of_factors": len(message.body), **own}
         self._sent[site] = self._sent[site].model_copy(update=update)

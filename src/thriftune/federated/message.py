@@ -37,9 +37,9 @@ class MessageError(InputError):
 
 
 class Header(BaseModel):
-    """`half` says which factors follow and `rank` how many components of each; `train` and `train_rank` what the site
-    is to train. `places` and `terms` are fingerprints of the adapter and of the options. The last three are a site's
-    own.
+    """`half` says which factors follow and `rank` how many components of each, from `first` on; `train` and the
+    components from `train_first` to `train_end` are what the site, of rank `train_rank`, is to train. `places` and
+    `terms` are fingerprints of the adapter and of the options. The last three are a site's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,9 +51,12 @@ class Header(BaseModel):
     site: str
     ticket: str
     half: Half
+    first: int = 0
     rank: int
     train: Half
     train_rank: int
+    train_first: int
+    train_end: int
     dtype: Literal["bfloat16", "float32"]
     differences: bool = False
     places: str
@@ -74,12 +77,12 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def pack(header: Header, adapter: Adapter) -> bytes:
-    """The message of these factors; only the first `header.rank` components of the half that is sent."""
+    """The message of these factors; only the components that `header` names, of the half that is sent."""
     kind = TYPES[header.dtype]
     body = b"".join(
         part.to(kind).contiguous().view(torch.uint8).numpy().tobytes()
         for factors in adapter.values()
-        for part in _sent(factors.top(header.rank), header.half)
+        for part in _sent(_named(factors, header), header.half)
     )
     whole = header.model_copy(update={"sha256": hashlib.sha256(body).hexdigest()})
     return whole.model_dump_json(exclude_defaults=True).encode() + b"\n" + body
@@ -117,7 +120,8 @@ def factors_of(message: Message, shapes: Shapes, current: Adapter) -> dict[str, 
     numbers = torch.frombuffer(bytearray(message.body), dtype=kind).float() if wanted else torch.zeros(0)
     found, start = {}, 0
     for name, (out, into) in shapes.items():
-        b_OR, a_RI = current[name].top(rank).b_OR, current[name].top(rank).a_RI
+        part = _named(current[name], header)
+        b_OR, a_RI = part.b_OR, part.a_RI
         if header.half in ("both", "b"):
             b_OR, start = numbers[start : start + out * rank].view(out, rank), start + out * rank
         if header.half in ("both", "a"):
@@ -135,10 +139,10 @@ def expect(header: Header, **wanted: object) -> None:
 
 def update_of(message: Message, shapes: Shapes, current: Adapter) -> dict[str, Factors]:
     """The factors that an update stands for at the coordinator, whose adapter is `current`, in float32."""
-    now = {name: factors.top(message.header.rank) for name, factors in current.items()}
     if not message.header.differences:
-        return factors_of(message, shapes, now)
-    still = {name: Factors(torch.zeros_like(part.b_OR), torch.zeros_like(part.a_RI)) for name, part in now.items()}
+        return factors_of(message, shapes, current)
+    still = {name: Factors(torch.zeros_like(part.b_OR), torch.zeros_like(part.a_RI)) for name, part in current.items()}
+    now = {name: _named(factors, message.header) for name, factors in current.items()}
     by = factors_of(message, shapes, still)
     return {name: Factors(now[name].b_OR + part.b_OR, now[name].a_RI + part.a_RI) for name, part in by.items()}
 
@@ -156,6 +160,11 @@ def describe_sent(data: bytes) -> str:
     message = open_message(data)
     header = message.header.model_dump(exclude_defaults=True)
     return json.dumps({"bytes": len(data), "bytes_of_factors": len(message.body), **header})
+
+
+def _named(factors: Factors, header: Header) -> Factors:
+    """The components that a header names."""
+    return factors.between(header.first, header.first + header.rank)
 
 
 def _sent(factors: Factors, half: Half) -> list[Tensor]:

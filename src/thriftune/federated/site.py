@@ -4,9 +4,8 @@ The optimizer's moments never leave the site and stay from round to round (docs/
 numbered through all rounds: step s of round n is step n * local_steps + s of the schedule and of the order of its
 rows, so a site that missed rounds goes on where the others are.
 
-All ranks have one scale, alpha / R, so a site that trains half of the components would move the model half as far as
-one that trains all. LoRA of rank r makes up for that by its scale of alpha / r; here the rows of A are longer by R /
-r, and the columns of B shorter, while they train.
+A site of a lower rank trains another part of the components each round, and each part has an optimizer of its own
+(docs/decisions/0017).
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from thriftune.data import Example
 from thriftune.errors import InputError, RecipeError
 from thriftune.federated.adapter import Places, find_places
-from thriftune.federated.aggregate import Adapter
+from thriftune.federated.aggregate import Adapter, part_of
 from thriftune.federated.message import Header, MessageError, expect, factors_of, open_message, pack_update
-from thriftune.federated.part import PartialPath, without_components_beyond
+from thriftune.federated.part import PartialPath, PartOptimizer, without_components_beyond
 from thriftune.methods import METHODS, trainable_parameters
 from thriftune.models import LoadedModel
 from thriftune.recipe import Recipe
@@ -39,7 +39,7 @@ from thriftune.train.distributed import Processes
 from thriftune.train.job import generic_path
 from thriftune.train.loop import mean_loss, step_metrics, train_step
 from thriftune.train.meter import Meter
-from thriftune.train.optim import LearningRate, build_optimizer, load_optimizer, save_optimizer
+from thriftune.train.optim import LAYOUT_FILE, LearningRate, build_optimizer, load_optimizer, save_optimizer
 from thriftune.train.path import StepPath
 
 # Of lora.init_lora_weights: the base stays as it is, B A is zero, and the factors are drawn without a look at the base,
@@ -140,10 +140,11 @@ class Site:
         self._base = base
         draws = zlib.crc32(name.encode())
         self._job = replace(base.job, train_examples=examples, output=output, draws=draws)
-        self._path = PartialPath(base.path, base.places, base.places.rank)
+        self._path = PartialPath(base.path, base.places, 0, base.places.rank)
         self._observers = Observers(observers)
         recipe = self._job.recipe
-        self._optimizer, _, remark = build_optimizer(self._job.model, recipe, self._job.processes.device)
+        whole, _, remark = build_optimizer(self._job.model, recipe, self._job.processes.device)
+        self._optimizers: dict[tuple[int, int], torch.optim.Optimizer] = {(0, base.places.rank): whole}
         if remark:
             self._observers.event(remark)
         self._rate = LearningRate(recipe.train, recipe.learning_rate, self._job.order.steps)
@@ -165,10 +166,14 @@ class Site:
         expect(header, kind=kind, site=self.name, half="both", rank=places.rank, differences=False)
         if joined := self._state.identity:
             expect(header, federation=joined["federation"])
-        if not (1 <= header.train_rank <= places.rank and 0 <= header.round < rounds + (kind == "end")):
+        first, end = header.train_first, header.train_end
+        fits = 0 <= first < end <= first + header.train_rank <= first + places.rank and end <= places.rank
+        if not (fits and 0 <= header.round < rounds + (kind == "end")):
             raise MessageError(
-                given=f"an offer of round {header.round + 1} to train rank {header.train_rank}",
-                allowed=f"rounds 1 to {rounds} and ranks 1 to {places.rank}",
+                given=f"an offer of round {header.round + 1} to a site of rank {header.train_rank}, to train the "
+                f"components from {first} to {end}",
+                allowed=f"rounds 1 to {rounds}, ranks 1 to {places.rank}, and components of that rank from 0 to "
+                f"{places.rank}",
                 do="it is not used; look at the coordinator",
             )
         ours = (places.fingerprint(), terms_of(self._job.recipe))
@@ -180,7 +185,7 @@ class Site:
             )
 
     def _join(self, header: Header) -> None:
-        """At the first offer: take up the optimizer of the last round that was finished in this folder, if there is
+        """At the first offer: take up the optimizers of the last round that was finished in this folder, if there is
         one. Raises CheckpointError when the folder belongs to another federation."""
         if self._state.identity:
             return
@@ -191,7 +196,11 @@ class Site:
             return
         folder, state = found
         check_identity(folder, state, identity)
-        load_optimizer(self._optimizer, folder)
+        aggregation, rank, whole = self._job.recipe.federated.aggregation, header.train_rank, self._base.places.rank
+        for turn in range(whole):
+            first, end, _ = part_of(aggregation, rank, whole, turn)
+            if (folder / f"{_prefix(first, end)}{LAYOUT_FILE}").exists():  # a part that was trained by then
+                load_optimizer(self._optimizer(first, end), folder, _prefix(first, end))
         self._path.resume(state.path)
         self._state = state  # only now: a folder that was refused is refused again
         self._observers.event(f"went on from {folder}")
@@ -211,15 +220,13 @@ class Site:
         if rounds.aggregation == "fedit":
             without_components_beyond(places, header.train_rank)
         before = places.read()
-        longer = places.rank / header.train_rank if rounds.aggregation == "svd" else 1.0
-        places.stretch(header.train_rank, longer)
         loss, train_s = self._train(header)
-        places.stretch(header.train_rank, 1.0 / longer)
         after = places.read()
         self._check_frozen(before, after, header)
         if self._keeps:
             self._keep()
-        update = {"kind": "update", "rank": header.train_rank, "half": header.train}
+        first, end = header.train_first, header.train_end
+        update: dict[str, Any] = {"kind": "update", "first": first, "rank": end - first, "half": header.train}
         if rounds.clip_norm is None:  # with it nothing of the rows leaves but the factors, which are clipped
             update |= {"targets": self.targets, "loss": loss, "train_s": train_s}
         return pack_update(header.model_copy(update=update), before, after)
@@ -227,7 +234,8 @@ class Site:
     def _train(self, header: Header) -> tuple[float, float]:
         """One round. Returns (mean loss over its target tokens, seconds)."""
         job, rounds = self._job, self._job.recipe.federated
-        self._path.half, self._path.rank = header.train, header.train_rank
+        self._path.half, self._path.first, self._path.end = header.train, header.train_first, header.train_end
+        optimizer = self._optimizer(header.train_first, header.train_end)
         first = header.round * rounds.local_steps
         meter, losses = Meter(job.processes.device), []
         job.model.train()
@@ -235,7 +243,7 @@ class Site:
         for step in range(first, first + rounds.local_steps):
             events: list[str] = []
             started, rate = time.perf_counter(), self._rate.at(step)
-            result = train_step(job, self._optimizer, self._path, step, rate, StopRequest(), self._teller(events))
+            result = train_step(job, optimizer, self._path, step, rate, StopRequest(), self._teller(events))
             self._state.step, self._state.tokens_seen = step + 1, self._state.tokens_seen + result.tokens
             losses.append((result.loss, result.targets))
             took_s = time.perf_counter() - started
@@ -247,11 +255,12 @@ class Site:
 
     def _check_frozen(self, before: Adapter, after: Adapter, header: Header) -> None:
         """Raise InputError when an optimizer moved what has no gradient: the coordinator takes it to stand still."""
-        rank, half = header.train_rank, header.train
+        still_R = torch.ones(self._base.places.rank, dtype=torch.bool)
+        still_R[header.train_first : header.train_end] = False
+        still_b, still_a = (torch.ones_like(still_R) if header.train == half else still_R for half in ("a", "b"))
         for name, now in after.items():
-            first_b, first_a = (0 if half == "a" else rank), (0 if half == "b" else rank)
-            same_b = torch.equal(now.b_OR[:, first_b:], before[name].b_OR[:, first_b:])
-            if not same_b or not torch.equal(now.a_RI[first_a:], before[name].a_RI[first_a:]):
+            same_b = torch.equal(now.b_OR[:, still_b], before[name].b_OR[:, still_b])
+            if not same_b or not torch.equal(now.a_RI[still_a], before[name].a_RI[still_a]):
                 raise InputError(
                     given=f"train.optim={self._job.recipe.train.optim} changed components of {name} that do not train",
                     allowed="an optimizer that leaves alone what has no gradient",
@@ -265,16 +274,31 @@ class Site:
 
         return say
 
+    def _optimizer(self, first: int, end: int) -> torch.optim.Optimizer:
+        """That of the components `first` to `end`; it is made when they are first trained."""
+        if (first, end) not in self._optimizers:
+            job = self._job
+            self._optimizers[first, end] = PartOptimizer(
+                self._base.places, first, end, job.recipe, job.processes.device
+            )
+        return self._optimizers[first, end]
+
     def _keep(self) -> None:
         self._state.path = self._path.state()
 
         def write_parts(folder: Path) -> None:
             self._job.method.save(self._job.model, folder)
-            save_optimizer(self._optimizer, folder)
+            for (first, end), optimizer in self._optimizers.items():
+                save_optimizer(optimizer, folder, _prefix(first, end))
 
         expected = sum(12 * parameter.numel() for parameter in self._job.trainable)
         write_checkpoint(self.output, self._state, write_parts, expected)
         prune_checkpoints(self.output, self._state.step, 1, None)
+
+
+def _prefix(first: int, end: int) -> str:
+    """Of the files that hold the states of a part's optimizer."""
+    return f"components-{first}-{end}-"
 
 
 def eval_loss(base: Base) -> float | None:

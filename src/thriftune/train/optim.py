@@ -97,8 +97,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """The state as safetensors and JSON, without pickle: tensors under 'index.name', numbers in the layout."""
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, prefix: str = "") -> None:
+    """The state as safetensors and JSON, without pickle: tensors under 'index.name', numbers in the layout. `prefix` is
+    that of both files' names, where a folder has the states of several optimizers."""
     from safetensors.torch import save_file
 
     content = optimizer.state_dict()
@@ -110,9 +111,9 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
                 tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()
             else:
                 numbers[f"{index}.{name}"] = value
-    save_file(tensors, folder / STATE_FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / f"{prefix}{STATE_FILE}", metadata={"format": "pt"})
     layout = {"numbers": numbers, "param_groups": content["param_groups"]}
-    (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
+    (folder / f"{prefix}{LAYOUT_FILE}").write_text(json.dumps(layout), encoding="utf-8")
 
 
 def _flat(state: dict[str, Any]) -> dict[str, Any]:
@@ -123,15 +124,15 @@ def _flat(state: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, prefix: str = "") -> None:
     """Put a saved state back. Raises CheckpointError when it is missing or of another optimizer or parameters."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         # Copied, because those of a file lie at its addresses, and products round by where their numbers lie.
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / STATE_FILE).items()}
-        layout = json.loads((folder / LAYOUT_FILE).read_text(encoding="utf-8"))
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / f"{prefix}{STATE_FILE}").items()}
+        layout = json.loads((folder / f"{prefix}{LAYOUT_FILE}").read_text(encoding="utf-8"))
         state: dict[int, dict[str, Any]] = {}
         for key, value in [*tensors.items(), *layout["numbers"].items()]:
             index, name = key.split(".", 1)
