@@ -123,7 +123,9 @@ def score(spec: Spec, settings: dict[str, Any], prepared: Prepared, model: Any, 
         adapter_name=None,
         on_progress=lambda progress: None,
     )
-    return [float(json.loads(line)["correct"]) for line in answers.read_text(encoding="utf-8").splitlines()]
+    # Only \n separates answers: str.splitlines would also break at a U+0085 inside a review.
+    with answers.open(encoding="utf-8") as file:
+        return [float(json.loads(line)["correct"]) for line in file]
 
 
 def train_adalora(spec: Spec, settings: dict[str, Any], prepared: Prepared) -> tuple[Any, Any, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
     python benchmarks/dynamic_rank/run.py --model shared/models/reader-16m --data shared/data \
         --output runs/dynamic-rank --results benchmarks/results/dynamic-rank --gpus 4 --at-once 24 --minutes 8.5
+    python benchmarks/dynamic_rank/run.py --results benchmarks/results/dynamic-rank --table
 
 Arms: LoRA of the whole rank (64) and of half, method dynamic from 64 to half of the parameters, the same with random
 directions kept, PEFT's AdaLoRA from 64 to 32, and the whole LoRA shrunk to half when it is finished. Tasks: IMDb
@@ -12,8 +13,9 @@ Then three seeds are trained on more rows and scored on the test rows. A final r
 best stays where it is and is not used.
 
 Every cell is a process of its own, several to a GPU, so times are not to be compared. What is done is not done again:
-the same command goes on. After --minutes no process is left running and the table of what there is, is printed.
-`--try` runs tiny sizes on a CPU. Needs nothing from the network.
+the same command goes on. After --minutes no process is left running and the table of what there is, is printed and
+written to table.json; `--table` prints it, and trains and writes nothing. `--try` runs tiny sizes on a CPU. Needs
+nothing from the network.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from seats import THREADS, seat
 
 TRAINED = ("lora", "lora-half", "dynamic", "adalora", "random")
 ARMS = (*TRAINED, "shrunk")
+BESIDE_DYNAMIC = ("adalora", "random", "shrunk")  # the other ways to half, which dynamic alone is compared with
 TASKS = ("imdb", "gsm8k")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 ADALORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)  # its singular values start at zero and its factors are small
@@ -134,26 +137,27 @@ def run_all(pool: Pool, arguments: argparse.Namespace) -> None:
     pool.stop()
 
 
-def print_table(arguments: argparse.Namespace, failed: Sequence[Key]) -> None:
+def table(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     records = read_records(arguments.results)
-    summary: list[dict[str, Any]] = []
-    for task in arguments.tasks:
+    rows = [table_row(records, task, arm, arguments) for task in arguments.tasks for arm in ARMS]
+    return [row for row in rows if row is not None]
+
+
+def print_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> None:
+    for task in tasks:
+        of_arm = {row["arm"]: row for row in rows if row["task"] == task}
         print(f"\n{task}: {'accuracy, higher is better' if task == 'imdb' else 'loss on answers, lower is better'}")
         print(
             f"{'arm':10} {'rate':>8} {'seeds':>5} {'parameters':>11} {'score':>9} {'95 % interval':>19} "
             f"{'- lora':>9} {'95 % interval':>19} {'- lora-half':>11} {'95 % interval':>19}"
         )
         for arm in ARMS:
-            row = table_row(records, task, arm, arguments)
-            if row is None:
-                print(f"{arm:10} no result")
-                continue
-            summary.append(row)
-            print(line_of(row))
-    (arguments.results / "table.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            print(line_of(of_arm[arm]) if arm in of_arm else f"{arm:10} no result")
+        for other in BESIDE_DYNAMIC:
+            if f"minus_{other}_mean" in of_arm.get("dynamic", {}):
+                mean, low, high = (of_arm["dynamic"][f"minus_{other}_{part}"] for part in ("mean", "low", "high"))
+                print(f"dynamic - {other:8} {mean:+.4f}  {low:+.4f} {high:+.4f}")
     print("rate!: the best of those tried, at their edge; rate?: its search has not ended")
-    for key in failed:
-        print("failed:", *key, f"(see {arguments.output}/logs)")
 
 
 def table_row(
@@ -163,7 +167,8 @@ def table_row(
     if not of_arm:
         return None
     first = next(iter(of_arm.values()))
-    others = {other: finals(records, task, other, arguments) for other in ("lora", "lora-half") if other != arm}
+    compared = ("lora", "lora-half", *(BESIDE_DYNAMIC if arm == "dynamic" else ()))
+    others = {other: finals(records, task, other, arguments) for other in compared if other != arm}
     found = search(records, task, arm, arguments)
     return {
         "task": task,
@@ -222,9 +227,10 @@ def line_of(row: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, help="a folder with imdb/ and gsm8k/")
-    parser.add_argument("--output", type=Path, required=True, help="run folders and logs")
+    trains = "--table" not in sys.argv
+    parser.add_argument("--model", required=trains)
+    parser.add_argument("--data", required=trains, help="a folder with imdb/ and gsm8k/")
+    parser.add_argument("--output", type=Path, required=trains, help="run folders and logs")
     parser.add_argument("--results", type=Path, required=True, help="one JSON record a cell, and table.json")
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=24)
@@ -233,6 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--search-rows", type=int, default=4400, help="of which 400 judge a rate")
     parser.add_argument("--test-rows", type=int, default=5000)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--table", action="store_true", help="only print the table of the records in --results")
     parser.add_argument("--try", dest="trial", action="store_true", help="tiny sizes, to try the script")
     arguments = parser.parse_args()
     arguments.seeds, arguments.rates, rank = SEEDS, None, 64
@@ -240,6 +247,13 @@ def parse() -> argparse.Namespace:
         arguments.gpus, arguments.at_once, rank = 0, 1, 8
         arguments.seeds, arguments.rates = (1, 2), (1e-3,)
         arguments.train_rows, arguments.search_rows, arguments.test_rows = 32, 48, 24
+    if not arguments.table:
+        arguments.settings = settle(arguments, rank)
+    return arguments
+
+
+def settle(arguments: argparse.Namespace, rank: int) -> Path:
+    """Make the folders, and write what every cell is told."""
     arguments.results.mkdir(parents=True, exist_ok=True)
     logs = arguments.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -252,19 +266,26 @@ def parse() -> argparse.Namespace:
         "round_to": 8 if rank == 64 else 1,
         "rows_a_step": 32 if rank == 64 else 4,
     }
-    arguments.settings = arguments.output / "settings.json"
-    arguments.settings.write_text(json.dumps(settings), encoding="utf-8")
-    return arguments
+    path: Path = arguments.output / "settings.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
 
 
 def main() -> None:
     arguments = parse()
+    if arguments.table:
+        print_table(table(arguments), arguments.tasks)
+        return
     pool = Pool(arguments.settings, arguments.output / "logs", arguments.gpus, arguments.at_once)
     try:
         run_all(pool, arguments)
     finally:
         pool.stop()
-    print_table(arguments, pool.failed)
+    rows = table(arguments)
+    (arguments.results / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print_table(rows, arguments.tasks)
+    for key in pool.failed:
+        print("failed:", *key, f"(see {arguments.output}/logs)")
     if pool.failed:
         sys.exit(1)
 

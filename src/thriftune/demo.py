@@ -140,7 +140,9 @@ def _three_answers(before: Path, after: Path) -> list[dict[str, str]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Only \n separates rows: str.splitlines would also break at U+2028 inside an answer.
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _shortened(text: str, longest: int = 220) -> str:

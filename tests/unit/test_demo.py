@@ -32,6 +32,16 @@ def test_it_compares_every_method_and_shows_answers_before_and_after(run, tmp_pa
     assert shown["page"] == "demo/report.html" and shown["wall_s"] > 0
 
 
+def test_answers_with_separators_of_lines_in_them_are_read_whole(tmp_path):
+    """U+0085 and U+2028 stand in an answers file as they are; only the line feed separates its rows."""
+    for name in ("before", "after"):
+        rows = [{"prompt": "a\x85b", "answer": f"{name}\u2028{row}", "target": "c\u2029d"} for row in range(3)]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    shown = demo._three_answers(tmp_path / "before", tmp_path / "after")
+    assert [(row["before"], row["after"]) for row in shown] == [(f"before {row}", f"after {row}") for row in range(3)]
+
+
 def test_a_folder_that_is_no_demo_is_not_replaced(run, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     run("demo", "-o", tmp_path).refused("no earlier demo")
