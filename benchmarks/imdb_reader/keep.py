@@ -11,6 +11,8 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import yaml
+
 ARCHIVE = "answers-and-steps.tar.xz"
 FILES = ("compare.yaml", "report.html", "report.md", "report.json", "search/search.json")
 RECORDS = ("cell.json", "record.json")
@@ -35,16 +37,32 @@ def keep(folder: Path, kept: Path) -> None:
                 _add(archive, f"cells/{cell.name}/{path.name}", content or path.read_bytes())
 
 
-def restore(kept: Path, folder: Path) -> None:
-    """Make `folder` a comparison to go on with, from what `keep` has left. Does nothing where there is one."""
+def restore(kept: Path, folder: Path, model: str, data: str) -> None:
+    """Make `folder` a comparison to go on with, from what `keep` has left. Does nothing where there is one.
+
+    The model and the data lie at `model` and `data` here. `compare` takes other paths for another comparison, so they
+    are put where the records have those of the machine before.
+    """
     if (folder / "compare.yaml").is_file() or not (kept / "compare.yaml").is_file():
         return
+    before = yaml.safe_load((kept / "compare.yaml").read_text(encoding="utf-8"))["variants"]["base"]
+    moved = {before["model"]["name"]: model, before["data"]["path"]: data}
     for path in kept.rglob("*"):
         if path.is_file() and path.name != ARCHIVE:
+            text = path.read_text(encoding="utf-8")
+            for there, here in moved.items():
+                text = text.replace(there, here)
             (folder / path.relative_to(kept)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / path.relative_to(kept))
+            (folder / path.relative_to(kept)).write_text(text, encoding="utf-8")
     with tarfile.open(kept / ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
+
+
+def at_once(folder: Path) -> int | None:
+    """How many cells the comparison in `folder` has side by side; None where there is none. It has to stay, or times
+    of cells would not be comparable."""
+    path = folder / "compare.yaml"
+    return int(yaml.safe_load(path.read_text(encoding="utf-8"))["at_once"]) if path.is_file() else None
 
 
 def _without_prompts(path: Path) -> bytes:

@@ -10,7 +10,8 @@ GPUs in turn; with no more cells than GPUs their times can be compared.
 
 When `--minutes` are over the comparison is stopped and what is done is kept. The same command goes on with it, also on
 another machine of the same kind, where only `--results` is left: it holds the records of all cells that are done, in a
-few megabytes and without weights. The last lines are a table of the cells. `--tiny` tries it in minutes on a CPU.
+few megabytes and without weights. How many cells are side by side is then as before. The last lines are a table of the
+cells. `--tiny` tries it in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from keep import keep, restore
+from keep import at_once, keep, restore
 
 # Two epochs on texts cut to their last 480 tokens or so.
 IMDB = [
@@ -59,7 +60,7 @@ def main() -> None:
     codes = {}
     for part in arguments.parts.split(","):
         folder, kept = arguments.output / part, arguments.results / part
-        restore(kept, folder)
+        restore(kept, folder, arguments.model, arguments.imdb if part == "imdb" else arguments.gsm8k)
         started = time.monotonic()
         codes[part] = until(ends, words(part, folder, arguments))
         keep(folder, kept)
@@ -74,7 +75,8 @@ def words(part: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
     """The command line of one comparison."""
     asked = {"imdb": (arguments.imdb, IMDB, "3"), "gsm8k": (arguments.gsm8k, GSM8K, "1")}
     data, options, seeds = asked[part]
-    tries = arguments.tries_at_once or 3 * arguments.at_once
+    at_once_here = at_once(folder) or arguments.at_once
+    tries = arguments.tries_at_once or 3 * at_once_here
     small = []
     if arguments.tiny:
         small, seeds = ["--no-search", "--limit", "16"], "1"
@@ -83,7 +85,7 @@ def words(part: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
     return [
         *(sys.executable, "-m", "thriftune", "compare", arguments.model, "--data", part, "--task", part),
         *("--methods", "base,full,lora,qlora", "--seeds", seeds, "--output", str(folder)),
-        *("--at-once", str(arguments.at_once), "--tries-at-once", str(tries)),
+        *("--at-once", str(at_once_here), "--tries-at-once", str(tries)),
         *(f"data.path={data}", *options, *small),
     ]
 

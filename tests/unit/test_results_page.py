@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_report import report_of
 
 from cell_folders import Made, write_cells
@@ -13,7 +14,7 @@ from thriftune.records import write_record
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "imdb_reader"))
 
-from keep import keep, restore  # noqa: E402
+from keep import at_once, keep, restore  # noqa: E402
 from write_results import PAGE, RESULTS, against, claims, page, pair_of, value, within  # noqa: E402
 
 SCORES = {"full": 0.93, "lora": 0.925, "qlora": 0.90}
@@ -66,13 +67,19 @@ def test_a_page_is_made_of_whole_records_only(tmp_path):
 
 def test_kept_records_make_the_same_report(tmp_path):
     folder = write_cells(tmp_path / "out", cells())
-    (folder / "compare.yaml").write_text("asked: this\n", encoding="utf-8")
+    there = {"model": {"name": "/tmp/b/reader"}, "data": {"name": "imdb", "path": "/tmp/b/imdb"}}
+    asked = {"at_once": 3, "variants": {"base": there, "lora": there}}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(asked), encoding="utf-8")
     (folder / "cells" / "lora-seed1" / "adapter").mkdir()
     (folder / "cells" / "lora-seed1" / "adapter" / "weights").write_bytes(b"0" * 1000)
     before = report_folders([folder], folder, [])
     keep(folder, tmp_path / "kept")
     assert not list((tmp_path / "kept").rglob("weights"))
-    restore(tmp_path / "kept", tmp_path / "again")
+    assert at_once(tmp_path / "again") is None
+    restore(tmp_path / "kept", tmp_path / "again", "/data/reader", "/data/imdb")
+    restored = yaml.safe_load((tmp_path / "again" / "compare.yaml").read_text(encoding="utf-8"))
+    here = {"model": {"name": "/data/reader"}, "data": {"name": "imdb", "path": "/data/imdb"}}
+    assert restored == {**asked, "variants": {"base": here, "lora": here}} and at_once(tmp_path / "again") == 3
     after = report_folders([tmp_path / "again"], tmp_path / "again", [])
     assert (after.verdict, after.pairs, after.table) == (before.verdict, before.pairs, before.table)
     assert [cell.curve_loss for cell in after.cells] == [cell.curve_loss for cell in before.cells]
