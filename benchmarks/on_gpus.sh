@@ -5,7 +5,7 @@
 #
 # STAGE   beside     three GPUs compare methods on the 16 M reader; the fourth runs tests/gpu, then cuts at an 8B's
 #                    shapes, then streamed layers (10 minutes)
-#         federated  eight sites beside training in one place, fifteen cells at once (8 minutes)
+#         federated  eight sites beside training in one place, sixteen cells at once (9 minutes)
 #         rank       a rank that falls beside what keeps it (9 minutes)
 #         curves     loss curves of the engine's precisions beside autograd's (9 minutes)
 #         plan       one GPU and nothing beside it: the planner's points and edges (9 minutes)
@@ -13,7 +13,8 @@
 # OUT     gets runs/ and results/, which starts as benchmarks/results is: what is done there is not done again. Copy it
 #         back when the machine goes.
 #
-# MINUTES, a whole number, ends a stage earlier or later, PYTHON is the interpreter, and DRY=1 only prints the commands.
+# Where many processes share a card, NVIDIA's multi-process service is started if it is there, so that their kernels run
+# beside each other instead of in turn. MINUTES, a whole number, ends a stage earlier or later, PYTHON is the interpreter, and DRY=1 only prints the commands.
 set -euo pipefail
 [ $# -eq 3 ] || { sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' >&2; exit 2; }
 stage=$1 shared=$(cd "$2" && pwd) out=$3
@@ -28,6 +29,14 @@ cp -rn "$here/results/." "$results/"
 run() {
     echo "+ $*"
     [ -n "${DRY:-}" ] || "$@" || echo "exit $?: $*"
+}
+
+share_cards() {
+    command -v nvidia-cuda-mps-control >/dev/null || return 0
+    export CUDA_MPS_PIPE_DIRECTORY=$out/mps CUDA_MPS_LOG_DIRECTORY=$out/mps
+    mkdir -p "$out/mps"
+    run nvidia-cuda-mps-control -d
+    trap 'echo quit | nvidia-cuda-mps-control || true' EXIT
 }
 
 one_card() {
@@ -48,14 +57,17 @@ beside)
     cat "$out/one_card.log"
     ;;
 federated)
+    share_cards
     run "$python" "$here/federated/run.py" --model "$model" --data "$shared/data/imdb" --output "$runs/federated" \
-        --results "$results/federated-imdb" --gpus 4 --at-once 15 --minutes "$minutes"
+        --results "$results/federated-imdb" --gpus 4 --at-once 16 --minutes "$minutes"
     ;;
 rank)
+    share_cards
     run "$python" "$here/dynamic_rank/run.py" --model "$model" --data "$shared/data" --output "$runs/dynamic-rank" \
         --results "$results/dynamic-rank" --gpus 4 --at-once 24 --minutes "$minutes"
     ;;
 curves)
+    share_cards
     run "$python" "$here/engine/curves.py" --model "$model" --data "$shared/data/imdb" --output "$runs/curves" \
         --results "$results/engine-curves" --gpus 4 --at-once 20 --seeds 6 --minutes "$minutes"
     ;;

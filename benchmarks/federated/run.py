@@ -1,16 +1,20 @@
 """IMDb over 8 sites that are not alike, ranks 4, 8 and 16, a 4-bit base, beside training on all rows in one place.
 
     python benchmarks/federated/run.py --model ../shared/models/reader-16m --data ../shared/data/imdb \
-        --output runs/federated --results benchmarks/results/federated-imdb --gpus 4 --at-once 16
+        --output runs/federated --results benchmarks/results/federated-imdb --gpus 4 --at-once 15
 
 Arms: `central` is `thriftune train` on all rows, as many examples as all sites together see; `svd` and `fedit` are
 federations of mixed ranks; `svd-equal`, `rolora` and `ffa` (not run unless named with --arms) have rank 16 at all
-sites. Splits: Dirichlet 0.3 over the labels, and by rating. Every cell is a process of its own and then a second one
-that scores all test rows; cells share the GPUs in turn. A cell whose score is there already is not run again, and one
-that is trained, in --output, is only scored. After --minutes no process is left running and the table of what there is
-comes last; the records go to --results. Fifteen cells, 4 x H100, `--at-once 15`: 5 minutes to train, 2 to score.
+sites. Splits: Dirichlet 0.3 over the labels, and by rating. Every arm has its own learning rate on each split: that of
+the least loss on EVAL_ROWS training rows held out, with a seed that no final cell has, of three and of up to two more
+where the best is at an edge (rates.py). Then --seeds are trained on all rows and score all test rows.
 
-For a trial: --seeds 1 --arms central,svd --splits dirichlet:0.3 --limit 40 --rounds 2 --local-steps 2
+Every cell is a process of its own and, when it is trained, a second one that scores; cells share the GPUs in turn, so
+their times are not to be compared. A cell whose score is there already is not run again, and one that is trained, in
+--output, is only scored. After --minutes no process is left running and the table of what there is comes last; the
+records go to --results.
+
+For a trial: --seeds 1 --arms central,svd --splits dirichlet:0.3 --limit 40 --rounds 2 --local-steps 2 --rates 1e-3
 --extra max_samples=400 per_device_train_batch_size=4
 """
 
@@ -24,11 +28,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rates import Search, search_of
 from seats import start_shell, stop
 
 SITES = 8
@@ -38,6 +44,8 @@ COMMON = [
     "gradient_accumulation_steps=1",
 ]
 MIXED = "4,8,16"
+RATES = "5e-4,1e-3,2e-3"
+SEARCH_SEED, TRAIN_ROWS, EVAL_ROWS = 1000, 25_000, 200
 ARMS = {
     "central": None,
     "svd": ["aggregation=svd", "--ranks", MIXED],
@@ -50,13 +58,21 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Cell:
+    """`is_final`: scored on the test rows; otherwise a rate is judged on held-out training rows."""
+
     arm: str
     split: str
+    rate: float
     seed: int
+    is_final: bool = True
 
     @property
     def name(self) -> str:
-        return "-".join([self.arm, *([self.split.replace(":", "_")] if self.split else []), f"seed{self.seed}"])
+        return f"{name_of('final' if self.is_final else 'search', self.arm, self.split)}-{self.rate:g}-seed{self.seed}"
+
+
+def name_of(phase: str, arm: str, split: str) -> str:
+    return "-".join([phase, arm, *([split.replace(":", "_")] if split else [])])
 
 
 def main() -> None:
@@ -68,9 +84,9 @@ def main() -> None:
     parser.add_argument("--arms", default="central,svd,fedit")
     parser.add_argument("--splits", default="dirichlet:0.3,by:rating")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--local-steps", type=int, default=10)
-    parser.add_argument("--learning-rate", default="1e-3")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--local-steps", type=int, default=1)
+    parser.add_argument("--rates", default=RATES, help="learning rates that every arm's search begins with")
     parser.add_argument("--method", default="qlora")
     parser.add_argument("--gpus", type=int, default=0, help="0: on the CPU")
     parser.add_argument("--at-once", type=int, default=1)
@@ -79,62 +95,89 @@ def main() -> None:
     parser.add_argument("--extra", nargs="*", default=[], help="further key=value words for every cell")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
-    cells = cells_of(arguments)
-    failed = run_all(cells, arguments)
-    print_table(cells, arguments)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
-
-
-def cells_of(arguments: argparse.Namespace) -> list[Cell]:
-    """Seed by seed, so that a run that is cut short has whole seeds."""
-    arms, splits = arguments.arms.split(","), arguments.splits.split(",")
-    return [
-        Cell(arm, split, seed)
-        for seed in range(1, arguments.seeds + 1)
-        for arm in arms
-        for split in ([""] if ARMS[arm] is None else splits)
-    ]
-
-
-def run_all(cells: list[Cell], arguments: argparse.Namespace) -> list[str]:
-    """Names of the cells that failed. What a cell prints goes to OUTPUT/NAME.log."""
-    waiting = [cell for cell in cells if score_of(cell, arguments) is None]
     arguments.output.mkdir(parents=True, exist_ok=True)
+    failed = run_all(arguments)
+    print_table(arguments)
+    if failed:
+        sys.exit(f"failed: {', '.join(cell.name for cell in failed)}")
+
+
+def arms_and_splits(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    splits = arguments.splits.split(",")
+    return [(arm, split) for arm in arguments.arms.split(",") for split in ([""] if ARMS[arm] is None else splits)]
+
+
+def search(arm: str, split: str, arguments: argparse.Namespace) -> Search:
+    """Of the records that are there."""
+    losses = {}
+    for path in arguments.results.glob(f"{name_of('search', arm, split)}-*-seed{SEARCH_SEED}.train.json"):
+        record = read(path)
+        if record is not None:
+            losses[record["recipe"]["train"]["learning_rate"]] = loss_of(record)
+    return search_of(losses, [float(rate) for rate in arguments.rates.split(",")])
+
+
+def loss_of(record: dict[str, Any]) -> float | None:
+    """On the held-out rows, at the end of training."""
+    loss = record["rounds"][-1]["eval_loss"] if "rounds" in record else record["eval_loss"]
+    return None if loss is None else float(loss)
+
+
+def wanted(arguments: argparse.Namespace) -> Iterator[Cell]:
+    """Every cell that can run now and is not done: final ones first, whose rate is found; seed by seed, so that a run
+    that is cut short has whole seeds."""
+    searches = {pair: search(*pair, arguments) for pair in arms_and_splits(arguments)}
+    for seed in range(1, arguments.seeds + 1):
+        for (arm, split), found in searches.items():
+            if not found.missing and found.best is not None:
+                cell = Cell(arm, split, found.best, seed)
+                if score_of(cell, arguments) is None:
+                    yield cell
+    for (arm, split), found in searches.items():
+        for rate in found.missing:
+            yield Cell(arm, split, rate, SEARCH_SEED, is_final=False)
+
+
+def run_all(arguments: argparse.Namespace) -> list[Cell]:
+    """Run until all is done or the time is over; the cells that failed. What a cell prints goes to OUTPUT/NAME.log."""
     running: dict[Cell, subprocess.Popen[bytes]] = {}
-    failed, started, place = [], time.perf_counter(), 0
-    while (waiting or running) and time.perf_counter() - started < 60 * arguments.minutes:
-        while waiting and len(running) < arguments.at_once:
-            cell = waiting.pop(0)
-            log = arguments.output / f"{cell.name}.log"
-            running[cell] = start_shell(command_of(cell, arguments), log, place, arguments.gpus)
-            place += 1
-        time.sleep(0.2)
+    failed: list[Cell] = []
+    started, place = time.perf_counter(), 0
+    while time.perf_counter() - started < 60 * arguments.minutes:
         for cell, process in list(running.items()):
             if process.poll() is not None:
                 del running[cell]
-                failed += [cell.name] if process.returncode else []
+                failed += [cell] if process.returncode else []
                 state = "failed" if process.returncode else "done"
-                print(
-                    f"{time.perf_counter() - started:6.0f} s  {cell.name} {state}, {len(waiting)} waiting", flush=True
-                )
+                print(f"{time.perf_counter() - started:6.0f} s  {cell.name} {state}", flush=True)
+        waiting = [cell for cell in wanted(arguments) if cell not in failed and cell not in running]
+        if not waiting and not running:
+            break
+        for cell in waiting[: arguments.at_once - len(running)]:
+            log = arguments.output / f"{cell.name}.log"
+            running[cell] = start_shell(command_of(cell, arguments), log, place, arguments.gpus)
+            place += 1
+        time.sleep(0.5)
     stop(running.values())
     return failed
 
 
 def command_of(cell: Cell, arguments: argparse.Namespace) -> str:
-    """The shell line of one cell: train, score all test rows."""
+    """The shell line of one cell: train, and score all test rows or judge the rate on held-out ones."""
     program = [sys.executable, "-m", "thriftune"]
     folder = arguments.output / cell.name
     words = [
         *(arguments.model, "--data", "imdb", "--method", arguments.method, "--output", str(folder), "--json"),
         *COMMON,
-        *(f"data.path={arguments.data}", f"seed={cell.seed}", f"learning_rate={arguments.learning_rate}"),
+        *(f"data.path={arguments.data}", f"seed={cell.seed}", f"learning_rate={cell.rate:g}"),
     ]
+    if not cell.is_final:
+        words += [f"eval_fraction={EVAL_ROWS / TRAIN_ROWS}", f"max_eval_samples={EVAL_ROWS}"]
     arm = ARMS[cell.arm]
     if arm is None:
         steps = SITES * arguments.rounds * arguments.local_steps
         train = [*program, "train", "--force", *words, f"max_steps={steps}"]
+        train += [] if cell.is_final else ["eval_strategy=steps", f"eval_steps={steps}"]
     else:
         train = [
             *(*program, "federate", "simulate", "--force", *words, "--clients", str(SITES), "--split", cell.split),
@@ -145,9 +188,10 @@ def command_of(cell: Cell, arguments: argparse.Namespace) -> str:
     score += ["--limit", str(arguments.limit)] if arguments.limit else []
     stem = arguments.results / cell.name
     scoring = f"{shlex.join(score)} > {stem}.eval.json"
-    if folder.is_dir() and read(stem.with_name(f"{cell.name}.train.json")) is not None:
+    if folder.is_dir() and read(Path(f"{stem}.train.json")) is not None:
         return scoring
-    return f"{shlex.join([*train, *arguments.extra])} > {stem}.train.json && {scoring}"
+    training = f"{shlex.join([*train, *arguments.extra])} > {stem}.train.json"
+    return f"{training} && {scoring}" if cell.is_final else training
 
 
 def score_of(cell: Cell, arguments: argparse.Namespace) -> float | None:
@@ -163,33 +207,44 @@ def read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def print_table(cells: list[Cell], arguments: argparse.Namespace) -> None:
-    scores = {cell: score_of(cell, arguments) for cell in cells}
+def print_table(arguments: argparse.Namespace) -> None:
+    pairs = arms_and_splits(arguments)
+    searches = {pair: search(*pair, arguments) for pair in pairs}
+    scores = {pair: by_seed(*pair, searches[pair].best, arguments) for pair in pairs}
     titles = [f"{title:>9}" for title in ("mean", "- central", "- fedit", "up/bound")]
-    print(f"\n{'arm':10} {'split':14} {'accuracy by seed':24} {' '.join(titles)} {'wall s':>7}")
+    print(f"\n{'arm':10} {'split':14} {'rate':>8} {'accuracy by seed':24} {' '.join(titles)} {'wall s':>7}")
     rows = []
-    for arm, split in dict.fromkeys((cell.arm, cell.split) for cell in cells):
-        own = [cell for cell in cells if (cell.arm, cell.split) == (arm, split)]
-        row: dict[str, Any] = {"arm": arm, "split": split, "by_seed": {cell.seed: scores[cell] for cell in own}}
-        row["mean"] = mean([scores[cell] for cell in own])
-        row["minus_central"] = difference(scores, own, "central", "")
-        row["minus_fedit"] = difference(scores, own, "fedit", split)
-        records = [read(arguments.results / f"{cell.name}.train.json") for cell in own]
+    for arm, split in pairs:
+        found, own = searches[arm, split], scores[arm, split]
+        row: dict[str, Any] = {"arm": arm, "split": split, "rate": found.best, "rate_at_edge": found.at_edge}
+        row |= {"search_ended": not found.missing, "by_seed": own, "mean": mean(list(own.values()))}
+        row["minus_central"] = None if arm == "central" else difference(own, scores.get(("central", ""), {}))
+        row["minus_fedit"] = None if arm == "fedit" else difference(own, scores.get(("fedit", split), {}))
+        cells = [Cell(arm, split, found.best or 0.0, seed) for seed in own]
+        records = [read(arguments.results / f"{cell.name}.train.json") for cell in cells]
         row["up_of_bound"] = mean([share_of_bound(record) for record in records if record])
         row["wall_s"] = mean([record["wall_s"] for record in records if record])
         rows.append(row)
-        by_seed = " ".join("-" if score is None else f"{100 * score:.2f}" for score in row["by_seed"].values())
+        line = " ".join("-" if score is None else f"{100 * score:.2f}" for score in own.values())
         columns = [f"{percent(row[key]):>9}" for key in ("mean", "minus_central", "minus_fedit", "up_of_bound")]
-        print(f"{arm:10} {split:14} {by_seed:24} {' '.join(columns)} {row['wall_s'] or 0:7.0f}")
+        mark = "?" if found.missing else "!" if found.at_edge else " "
+        rate = f"{found.best or 0:7g}{mark}"
+        print(f"{arm:10} {split:14} {rate} {line:24} {' '.join(columns)} {row['wall_s'] or 0:7.0f}")
     (arguments.results / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print("all in percent; up/bound: bytes of all updates by 2 x rank x (in + out) over matrices, sites and rounds")
     print("differences: means over the seeds that both have, in points")
+    print("rate!: the best of those tried, at their edge; rate?: its search has not ended")
 
 
-def difference(scores: dict[Cell, float | None], own: list[Cell], arm: str, split: str) -> float | None:
-    """Mean over seeds of own score - that of another arm with the same seed."""
-    pairs = [(scores[cell], scores.get(Cell(arm, split, cell.seed))) for cell in own if cell.arm != arm]
-    return mean([one - other for one, other in pairs if one is not None and other is not None])
+def by_seed(arm: str, split: str, rate: float | None, arguments: argparse.Namespace) -> dict[int, float | None]:
+    seeds = range(1, arguments.seeds + 1)
+    return {seed: None if rate is None else score_of(Cell(arm, split, rate, seed), arguments) for seed in seeds}
+
+
+def difference(own: dict[int, float | None], other: dict[int, float | None]) -> float | None:
+    """Mean over the seeds that both have."""
+    pairs = [(one, other.get(seed)) for seed, one in own.items()]
+    return mean([one - another for one, another in pairs if one is not None and another is not None])
 
 
 def share_of_bound(record: dict[str, Any]) -> float | None:

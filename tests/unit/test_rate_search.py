@@ -1,4 +1,4 @@
-"""How the searches of benchmarks/dynamic_rank go on beyond the edge of their grid."""
+"""How the searches of benchmarks go on beyond the edge of their grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "dynamic_rank"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from rates import Search, search_of
 
