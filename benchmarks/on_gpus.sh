@@ -14,7 +14,9 @@
 #         back when the machine goes.
 #
 # Where many processes share a card, NVIDIA's multi-process service is started if it is there, so that their kernels run
-# beside each other instead of in turn. MINUTES, a whole number, ends a stage earlier or later, PYTHON is the interpreter, and DRY=1 only prints the commands.
+# beside each other instead of in turn.
+#
+# MINUTES, a whole number, ends a stage earlier or later, PYTHON is the interpreter, and DRY=1 only prints the commands.
 set -euo pipefail
 [ $# -eq 3 ] || { sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' >&2; exit 2; }
 stage=$1 shared=$(cd "$2" && pwd) out=$3
@@ -75,7 +77,7 @@ plan)
     points=$results/plan-quiet
     run "$python" "$here/plan_points/run_engine.py" --results "$points/engine-points.jsonl" --lengths "$lengths" \
         --by-layers --groups 0,2,1,3,4 --deadline-s "$((minutes * 40))"
-    run "$python" "$here/plan_points/edges.py" --results "$points/engine-edges.jsonl" --engine \
+    run "$python" "$here/plan_points/edges.py" --results "$results/plan-h100/engine-edges.jsonl" --engine \
         --deadline-s "$((minutes * 18))"
     ;;
 *)

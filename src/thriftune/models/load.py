@@ -203,6 +203,8 @@ def _from_pretrained(
     }
     if device.type == "cuda":
         arguments["device_map"] = {"": device.index or 0}
+    elif quant is not None:  # without a map 4-bit weights go to a GPU where there is one, whatever was asked for
+        arguments["device_map"] = {"": "cpu"}
     if quant is not None:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
