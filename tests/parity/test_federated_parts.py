@@ -59,6 +59,19 @@ def _check_small(federation: Federation, data: bytes, first: int) -> None:
     assert len(data) - len(message.body) < 600
 
 
+def test_a_site_that_misses_every_other_round_trains_all_its_parts(model: Path, rows: Path, tmp_path: Path) -> None:
+    federation = Federation(recipe_of(model, rows, tmp_path, rounds=4), {"small": 2, "large": 4})
+    sites, trained = {name: federation.site(name) for name in ("small", "large")}, []
+    for number in range(4):
+        for name, site in sites.items():
+            if name == "large" or number % 2 == 0:
+                data = site.answer(federation.coordinator.offer(name))
+                trained += [open_message(data).header.first] if name == "small" else []
+                federation.coordinator.take(name, data)
+        federation.coordinator.close(lambda: None)
+    assert trained == [0, 2]
+
+
 @pytest.mark.parametrize("engine", ["auto", "off"])
 def test_each_part_has_moments_of_its_own(model: Path, rows: Path, tmp_path: Path, engine: str) -> None:
     """A site of rank 2 alone, four rounds of two steps, against AdamW over the components of each part by hand."""

@@ -129,9 +129,11 @@ class Coordinator:
         return pack(header, self.current)
 
     def _part(self, site: str) -> tuple[int, int, int]:
-        """(first, end, number of parts) of the components that a site trains in this round. Sites of one rank do not
-        all train the same part."""
-        turn = self.round + list(self.sites).index(site)
+        """(first, end, number of parts) of the components that a site trains in this round. It is at its next part only
+        when the one before was taken, so that one that misses every other round trains them all. Sites of one rank do
+        not all begin with the same part."""
+        entries = (entry for done in self.state.rounds for entry in done.sites if entry.site == site)
+        turn = list(self.sites).index(site) + sum(entry.change is not None for entry in entries)
         return part_of(self.recipe.federated.aggregation, self.sites[site], self._places.rank, turn)
 
     def take(self, site: str, data: bytes) -> None:

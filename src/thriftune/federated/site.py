@@ -197,7 +197,7 @@ class Site:
         folder, state = found
         check_identity(folder, state, identity)
         aggregation, rank, whole = self._job.recipe.federated.aggregation, header.train_rank, self._base.places.rank
-        for turn in range(whole):
+        for turn in range(part_of(aggregation, rank, whole, 0)[2]):
             first, end, _ = part_of(aggregation, rank, whole, turn)
             if (folder / f"{_prefix(first, end)}{LAYOUT_FILE}").exists():  # a part that was trained by then
                 load_optimizer(self._optimizer(first, end), folder, _prefix(first, end))
