@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--splits", default="dirichlet:0.3,by:rating")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--local-steps", type=int, default=1)
+    parser.add_argument("--local-steps", type=int, default=2)
     parser.add_argument("--rates", default=RATES, help="learning rates that every arm's search begins with")
     parser.add_argument("--method", default="qlora")
     parser.add_argument("--gpus", type=int, default=0, help="0: on the CPU")
