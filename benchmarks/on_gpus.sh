@@ -3,15 +3,16 @@
 #
 #   benchmarks/on_gpus.sh STAGE SHARED OUT
 #
-# STAGE   beside     three GPUs compare methods on the 16 M reader; the fourth runs tests/gpu, then cuts at an 8B's
-#                    shapes, then streamed layers (10 minutes)
-#         federated  eight sites beside training in one place, sixteen cells at once (9 minutes)
+# STAGE   beside     three GPUs compare methods on the 16 M reader, a cell on each; the fourth runs tests/gpu (5 minutes)
+#         crowd      eight sites beside training in one place, and loss curves of the engine's precisions beside
+#                    autograd's: processes that share all GPUs (11 minutes)
+#         plan       one GPU and nothing beside it: the planner's points (9 minutes)
+#         all        these three, one after another
 #         rank       a rank that falls beside what keeps it (9 minutes)
-#         curves     loss curves of the engine's precisions beside autograd's (9 minutes)
-#         plan       one GPU and nothing beside it: the planner's points and edges (9 minutes)
+#         sizes      one GPU: what cuts free at an 8B's shapes, streamed layers (6 minutes)
 # SHARED  a folder with models/reader-16m, data/imdb, data/gsm8k and bench/gsm8k_lengths.txt
 # OUT     gets runs/ and results/, which starts as benchmarks/results is: what is done there is not done again. Copy it
-#         back when the machine goes.
+#         back before the machine goes.
 #
 # Where many processes share a card, NVIDIA's multi-process service is started if it is there, so that their kernels run
 # beside each other instead of in turn.
@@ -21,7 +22,7 @@ set -euo pipefail
 [ $# -eq 3 ] || { sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' >&2; exit 2; }
 stage=$1 shared=$(cd "$2" && pwd) out=$3
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-python} minutes=${MINUTES:-9}
+python=${PYTHON:-python}
 model=$shared/models/reader-16m lengths=$shared/bench/gsm8k_lengths.txt runs=$out/runs results=$out/results
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
@@ -38,47 +39,50 @@ share_cards() {
     export CUDA_MPS_PIPE_DIRECTORY=$out/mps CUDA_MPS_LOG_DIRECTORY=$out/mps
     mkdir -p "$out/mps"
     run nvidia-cuda-mps-control -d
-    trap 'echo quit | nvidia-cuda-mps-control || true' EXIT
+    trap 'echo quit | run nvidia-cuda-mps-control' EXIT
 }
 
-one_card() {
+gpu_tests() {
     cd "$here/.."
     run "$python" -m pytest -q -rfE tests/gpu
-    run "$python" "$here/dynamic_rank/sizes_8b.py" --results "$results/dynamic-rank"
-    run "$python" "$here/streaming/run.py" --results "$results/streaming" --lengths "$lengths" \
-        --stages equality,70B-caps --deadline-s 240
 }
 
 case $stage in
 beside)
-    (CUDA_VISIBLE_DEVICES=3 one_card) >"$out/one_card.log" 2>&1 &
+    (CUDA_VISIBLE_DEVICES=3 gpu_tests) >"$out/gpu_tests.log" 2>&1 &
     CUDA_VISIBLE_DEVICES=0,1,2 run "$python" "$here/imdb_reader/run.py" --model "$model" --imdb "$shared/data/imdb" \
         --gsm8k "$shared/data/gsm8k" --output "$runs/reader" --results "$results/reader" --at-once 3 \
-        --tries-at-once 9 --minutes "$minutes"
+        --tries-at-once 9 --minutes "${MINUTES:-6}"
     wait
-    cat "$out/one_card.log"
+    cat "$out/gpu_tests.log"
     ;;
-federated)
+crowd)
     share_cards
+    run "$python" "$here/engine/curves.py" --model "$model" --data "$shared/data/imdb" --output "$runs/curves" \
+        --results "$results/engine-curves" --gpus 4 --at-once 18 --seeds 6 --minutes "${MINUTES:-11}" \
+        >"$out/curves.log" 2>&1 &
     run "$python" "$here/federated/run.py" --model "$model" --data "$shared/data/imdb" --output "$runs/federated" \
-        --results "$results/federated-imdb" --gpus 4 --at-once 16 --minutes "$minutes"
+        --results "$results/federated-imdb" --gpus 4 --at-once 16 --minutes "${MINUTES:-11}"
+    wait
+    cat "$out/curves.log"
+    ;;
+plan)
+    CUDA_VISIBLE_DEVICES=0 run "$python" "$here/plan_points/run_engine.py" --lengths "$lengths" --by-layers \
+        --results "$results/plan-quiet/engine-points.jsonl" --groups 0,2,1,3,4 --deadline-s "$((${MINUTES:-9} * 55))"
+    ;;
+all)
+    for each in beside crowd plan; do "$0" "$each" "$shared" "$out"; done
     ;;
 rank)
     share_cards
     run "$python" "$here/dynamic_rank/run.py" --model "$model" --data "$shared/data" --output "$runs/dynamic-rank" \
-        --results "$results/dynamic-rank" --gpus 4 --at-once 24 --minutes "$minutes"
+        --results "$results/dynamic-rank" --gpus 4 --at-once 24 --minutes "${MINUTES:-9}"
     ;;
-curves)
-    share_cards
-    run "$python" "$here/engine/curves.py" --model "$model" --data "$shared/data/imdb" --output "$runs/curves" \
-        --results "$results/engine-curves" --gpus 4 --at-once 20 --seeds 6 --minutes "$minutes"
-    ;;
-plan)
-    points=$results/plan-quiet
-    run "$python" "$here/plan_points/run_engine.py" --results "$points/engine-points.jsonl" --lengths "$lengths" \
-        --by-layers --groups 0,2,1,3,4 --deadline-s "$((minutes * 40))"
-    run "$python" "$here/plan_points/edges.py" --results "$results/plan-h100/engine-edges.jsonl" --engine \
-        --deadline-s "$((minutes * 18))"
+sizes)
+    export CUDA_VISIBLE_DEVICES=0
+    run "$python" "$here/dynamic_rank/sizes_8b.py" --results "$results/dynamic-rank"
+    run "$python" "$here/streaming/run.py" --results "$results/streaming" --lengths "$lengths" \
+        --stages equality,70B-caps --deadline-s 240
     ;;
 *)
     echo "there is no stage $stage" >&2
