@@ -35,7 +35,6 @@ from thriftune.report.statistics import over_rows_and_seeds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rates import Search, search_of
-
 from seats import THREADS, seat
 
 TRAINED = ("lora", "lora-half", "dynamic", "adalora", "random")
