@@ -5,7 +5,7 @@
 #
 # STAGE   beside     three GPUs compare methods on the 16 M reader, a cell on each; the fourth runs tests/gpu (5 minutes)
 #         crowd      eight sites beside training in one place, and loss curves of the engine's precisions beside
-#                    autograd's: processes that share all GPUs (11 minutes)
+#                    autograd's: processes that share all GPUs (12 minutes)
 #         plan       one GPU and nothing beside it: the planner's points (9 minutes)
 #         all        these three, one after another
 #         rank       a rank that falls beside what keeps it (9 minutes)
@@ -59,10 +59,10 @@ beside)
 crowd)
     share_cards
     run "$python" "$here/engine/curves.py" --model "$model" --data "$shared/data/imdb" --output "$runs/curves" \
-        --results "$results/engine-curves" --gpus 4 --at-once 18 --seeds 10 --minutes "${MINUTES:-11}" \
+        --results "$results/engine-curves" --gpus 4 --at-once 18 --seeds 10 --minutes "${MINUTES:-12}" \
         >"$out/curves.log" 2>&1 &
     run "$python" "$here/federated/run.py" --model "$model" --data "$shared/data/imdb" --output "$runs/federated" \
-        --results "$results/federated-imdb" --gpus 4 --at-once 16 --minutes "${MINUTES:-11}"
+        --results "$results/federated-imdb" --gpus 4 --at-once 16 --minutes "${MINUTES:-12}"
     wait
     cat "$out/curves.log"
     ;;

@@ -18,7 +18,8 @@ from tiny import tiny_recipe
 def recipe_of(model: Path, rows: Path, output: Path, *, rounds: int = 3, **sections: Any) -> Recipe:
     federated = {"rounds": rounds, "local_steps": 2, **sections.pop("federated", {})}
     steps = federated["rounds"] * federated["local_steps"]
-    return tiny_recipe(model, rows, output, federated=federated, train={"max_steps": steps}, **sections)
+    train = {"max_steps": steps, **sections.pop("train", {})}
+    return tiny_recipe(model, rows, output, federated=federated, train=train, **sections)
 
 
 class Federation:

@@ -110,10 +110,11 @@ def arms_and_splits(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 def search(arm: str, split: str, arguments: argparse.Namespace) -> Search:
     """Of the records that are there."""
     losses = {}
-    for path in arguments.results.glob(f"{name_of('search', arm, split)}-*-seed{SEARCH_SEED}.train.json"):
+    stem = name_of("search", arm, split)
+    for path in arguments.results.glob(f"{stem}-*-seed{SEARCH_SEED}.train.json"):
+        rate = float(path.name.removeprefix(f"{stem}-").removesuffix(f"-seed{SEARCH_SEED}.train.json"))
         record = read(path)
-        if record is not None:
-            losses[record["recipe"]["train"]["learning_rate"]] = loss_of(record)
+        losses[rate] = None if record is None else loss_of(record)  # empty: training broke off
     return search_of(losses, [float(rate) for rate in arguments.rates.split(",")])
 
 
@@ -143,22 +144,24 @@ def run_all(arguments: argparse.Namespace) -> list[Cell]:
     running: dict[Cell, subprocess.Popen[bytes]] = {}
     failed: list[Cell] = []
     started, place = time.perf_counter(), 0
-    while time.perf_counter() - started < 60 * arguments.minutes:
-        for cell, process in list(running.items()):
-            if process.poll() is not None:
-                del running[cell]
-                failed += [cell] if process.returncode else []
-                state = "failed" if process.returncode else "done"
-                print(f"{time.perf_counter() - started:6.0f} s  {cell.name} {state}", flush=True)
-        waiting = [cell for cell in wanted(arguments) if cell not in failed and cell not in running]
-        if not waiting and not running:
-            break
-        for cell in waiting[: arguments.at_once - len(running)]:
-            log = arguments.output / f"{cell.name}.log"
-            running[cell] = start_shell(command_of(cell, arguments), log, place, arguments.gpus)
-            place += 1
-        time.sleep(0.5)
-    stop(running.values())
+    try:
+        while time.perf_counter() - started < 60 * arguments.minutes:
+            for cell, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[cell]
+                    failed += [cell] if process.returncode else []
+                    state = "failed" if process.returncode else "done"
+                    print(f"{time.perf_counter() - started:6.0f} s  {cell.name} {state}", flush=True)
+            waiting = [cell for cell in wanted(arguments) if cell not in failed and cell not in running]
+            if not waiting and not running:
+                break
+            for cell in waiting[: arguments.at_once - len(running)]:
+                log = arguments.output / f"{cell.name}.log"
+                running[cell] = start_shell(command_of(cell, arguments), log, place, arguments.gpus)
+                place += 1
+            time.sleep(0.5)
+    finally:
+        stop(running.values())
     return failed
 
 
@@ -187,11 +190,19 @@ def command_of(cell: Cell, arguments: argparse.Namespace) -> str:
     score += ["max_length=512", "generation.batch_size=256"]
     score += ["--limit", str(arguments.limit)] if arguments.limit else []
     stem = arguments.results / cell.name
-    scoring = f"{shlex.join(score)} > {stem}.eval.json"
+    scoring = into(score, f"{stem}.eval.json")
     if folder.is_dir() and read(Path(f"{stem}.train.json")) is not None:
         return scoring
-    training = f"{shlex.join([*train, *arguments.extra])} > {stem}.train.json"
-    return f"{training} && {scoring}" if cell.is_final else training
+    # From nothing: a simulation that goes on in its folder begins its sites' moments anew, which is another experiment.
+    training = f"rm -rf {shlex.quote(str(folder))} && {into([*train, *arguments.extra], f'{stem}.train.json')}"
+    if cell.is_final:
+        return f"{training} && {scoring}"
+    return f"{training} || {{ : > {stem}.train.json; false; }}"
+
+
+def into(command: list[str], path: str) -> str:
+    """A shell line that makes a file of what a command prints when it has ended well; others read it meanwhile."""
+    return f"{shlex.join(command)} > {path}.part && mv {path}.part {path}"
 
 
 def score_of(cell: Cell, arguments: argparse.Namespace) -> float | None:

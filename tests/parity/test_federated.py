@@ -182,6 +182,7 @@ def test_messages_that_are_cut_changed_old_or_sent_again_are_refused(model: Path
         ({"train_rank": 0}, "rank 0"),
         ({"train_rank": 5}, "rank 5"),
         ({"train_rank": 3}, "from 0 to 4"),
+        ({"train_rank": 2, "train_end": 3}, "from 0 to 3"),
         ({"train_first": 4}, "from 4 to 4"),
         ({"train_first": -1}, "from -1 to 4"),
         ({"train_end": 5}, "from 0 to 5"),

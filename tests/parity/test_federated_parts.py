@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from federation import Federation, gradient_of, recipe_of
+from thriftune.errors import CheckpointError
 from thriftune.federated.aggregate import Factors
 from thriftune.federated.message import open_message
+from thriftune.train.loop import mean_loss
 from thriftune.train.optim import LearningRate
 from tiny import tiny_model, tiny_rows
 
@@ -88,8 +91,8 @@ def test_each_part_has_moments_of_its_own(model: Path, rows: Path, tmp_path: Pat
         answered = places.read()
         copies = _steps_by_hand(federation, by_hand, start, first, round_number)
         for (name, part), (b, a) in zip(answered.items(), copies, strict=True):
-            assert torch.allclose(part.b_OR[:, first : first + 2], b, rtol=1e-5, atol=1e-7), (round_number, name)
-            assert torch.allclose(part.a_RI[first : first + 2], a, rtol=1e-5, atol=1e-7), (round_number, name)
+            assert torch.allclose(part.b_OR[:, first : first + 2], b, rtol=1e-4, atol=1e-5), (round_number, name)
+            assert torch.allclose(part.a_RI[first : first + 2], a, rtol=1e-4, atol=1e-5), (round_number, name)
         federation.coordinator.take("a", data)
         federation.coordinator.close(lambda: None)
 
@@ -123,7 +126,7 @@ def _steps_by_hand(
             copy.grad = of_part.clone()
             copy.data.copy_(tensor[:, part] if is_b else tensor[part])
         torch.nn.utils.clip_grad_norm_(copies, train.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = rates.at(step)
+        optimizer.param_groups[0]["lr"] = 2 * rates.at(step)  # two parts
         optimizer.step()
         with torch.no_grad():
             for copy, (tensor, is_b) in zip(copies, whole, strict=True):
@@ -135,18 +138,56 @@ def _targets(examples: Sequence[Any]) -> int:
     return sum(example.num_targets for example in examples)
 
 
+@pytest.mark.parametrize("ranks", [[1, 2, 4], [1]])
+def test_many_steps_at_small_sites_do_not_overshoot(model: Path, rows: Path, tmp_path: Path, ranks: list[int]) -> None:
+    """Parts that each go all the way to what they can do alone are too much together, if each counts as the whole."""
+    settings = {"local_steps": 20}
+    train = {"lr_scheduler_type": "constant", "learning_rate": 2e-3}
+    recipe = recipe_of(model, rows, tmp_path, rounds=6, federated=settings, train=train)
+    federation = Federation(recipe, {f"site-{number}": ranks[number % len(ranks)] for number in range(3)})
+    sites = {name: federation.site(name) for name in federation.coordinator.sites}
+    losses = []
+    for _ in range(6):
+        for name, site in sites.items():
+            federation.coordinator.take(name, site.answer(federation.coordinator.offer(name)))
+        federation.coordinator.close(lambda: None)
+        federation.base.places.write(federation.coordinator.current)
+        losses.append(
+            mean_loss(federation.base.job, federation.base.path, lambda text: None, federation.prepared.data.train)
+        )
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize("rank", [4, 2])
 def test_a_restarted_site_goes_on_with_its_optimizers(model: Path, rows: Path, tmp_path: Path, rank: int) -> None:
-    """A site that was started anew for the last round ends it like one that kept running, to the bit; of rank 2 it
-    has an optimizer for each of two parts, and the last round trains the first of them again."""
-    bytes_of = []
+    """A site that was started anew after two rounds goes on like one that kept running, to the bit; of rank 2 it has an
+    optimizer for each of two parts, which the last two rounds train again."""
+    bytes_of: list[list[bytes]] = []
     for restarts in (False, True):
-        recipe = recipe_of(model, rows, tmp_path / str(restarts), rounds=3, federated={"send_dtype": "float32"})
+        recipe = recipe_of(model, rows, tmp_path / str(restarts), rounds=4, federated={"send_dtype": "float32"})
         federation = Federation(recipe, {"a": rank})
-        site = federation.site("a", keeps=True)
-        for _ in range(2):
-            federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
+        site, sent = federation.site("a", keeps=True), []
+        for number in range(4):
+            site = federation.site("a", keeps=True) if restarts and number == 2 else site
+            data = site.answer(federation.coordinator.offer("a"))
+            sent.append(open_message(data).body)
+            federation.coordinator.take("a", data)
             federation.coordinator.close(lambda: None)
-        site = federation.site("a", keeps=True) if restarts else site
-        bytes_of.append(open_message(site.answer(federation.coordinator.offer("a"))).body)
+        bytes_of.append(sent)
     assert bytes_of[0] == bytes_of[1]
+
+
+def test_a_checkpoint_without_an_optimizer_of_a_part_is_refused(model: Path, rows: Path, tmp_path: Path) -> None:
+    federation = Federation(recipe_of(model, rows, tmp_path), {"a": 2})
+    site = federation.site("a", keeps=True)
+    federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
+    federation.coordinator.close(lambda: None)
+    folder = next((tmp_path / "a").glob("checkpoint-*"))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for path in folder.glob("components-*"):
+        manifest[path.name.replace("components-0-2-", "")] = manifest.pop(path.name)
+        path.rename(folder / path.name.replace("components-0-2-", ""))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no optimizer of a part"):
+        federation.site("a", keeps=True).answer(federation.coordinator.offer("a"))

@@ -17,7 +17,7 @@ from thriftune.federated.aggregate import (
     Update,
     aggregate,
     change_norm,
-    part_of,
+    parts_of,
     refuse_unusable,
     stacked_mean,
     trained_half,
@@ -37,16 +37,16 @@ def dense(factors: Factors) -> Tensor:
     return factors.b_OR.double() @ factors.a_RI.double()
 
 
-def share(part: Factors, first: int, weight: float, parts: int) -> Share:
-    return Share(Factors(part.b_OR.double(), part.a_RI.double()), first, weight, parts)
+def share(part: Factors, first: int, weight: float) -> Share:
+    return Share(Factors(part.b_OR.double(), part.a_RI.double()), first, weight)
 
 
 def dense_mean(current: Factors, shares: list[Share]) -> Tensor:
-    """The current product, and what each site changed in it, as often as it counts."""
+    """The current product, and what each site changed in it by its weight."""
     mean = dense(current)
     for one in shares:
         before = current.between(one.first, one.end)
-        mean = mean + one.weight * one.parts * (dense(one.factors) - dense(before))
+        mean = mean + one.weight * (dense(one.factors) - dense(before))
     return mean
 
 
@@ -55,27 +55,24 @@ def some_shares(out: int, into: int, ranks: list[int], seed: int) -> list[Share]
     total = sum(3 * number + 1 for number in range(len(ranks)))
     shares = []
     for number, rank in enumerate(ranks):
-        first, end, parts = part_of("svd", rank, max(ranks), seed + number)
+        parts = parts_of("svd", rank, max(ranks))
+        first, end = parts[(seed + number) % len(parts)]
         part = draw(out, into, end - first, seed + number + 1)
-        shares.append(share(part, first, (3 * number + 1) / total, parts))
+        shares.append(share(part, first, (3 * number + 1) / total))
     return shares
 
 
 def updates_of(shares: list[Share]) -> list[Update]:
-    return [
-        Update(str(number), 7.0 * one.weight, {"m": one.factors}, one.first, one.parts)
-        for number, one in enumerate(shares)
-    ]
+    return [Update(str(number), 7.0 * one.weight, {"m": one.factors}, one.first) for number, one in enumerate(shares)]
 
 
 @given(st.integers(1, 40), st.data())
 def test_parts_hold_every_component_once_and_no_more_than_the_rank(whole: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, whole))
-    turns = [part_of("svd", rank, whole, turn) for turn in range(part_of("svd", rank, whole, 0)[2])]
-    assert [component for first, end, _ in turns for component in range(first, end)] == list(range(whole))
-    assert all(0 < end - first <= rank and parts == len(turns) for first, end, parts in turns)
-    assert part_of("svd", rank, whole, len(turns)) == turns[0]
-    assert part_of("fedit", rank, whole, data.draw(st.integers(0, 9))) == (0, rank, 1)
+    parts = parts_of("svd", rank, whole)
+    assert [component for first, end in parts for component in range(first, end)] == list(range(whole))
+    assert all(0 < end - first <= rank for first, end in parts)
+    assert parts_of("fedit", rank, whole) == [(0, rank)]
 
 
 @given(SHAPES, RANKS, st.integers(0, 1000))
@@ -85,17 +82,6 @@ def test_the_stack_is_the_dense_weighted_mean_at_any_ranks(shape: tuple[int, int
     stack = stacked_mean(Factors(current.b_OR.double(), current.a_RI.double()), shares)
     wanted = dense_mean(current, shares)
     assert (dense(stack) - wanted).norm() <= 1e-5 * wanted.norm()
-
-
-def test_over_a_turn_of_all_parts_every_site_counts_by_its_weight_in_every_component() -> None:
-    """Sites of ranks 1, 2 and 4 that each would change a component by one: after four rounds all are four further."""
-    ranks, weights = [1, 2, 4], [0.5, 0.3, 0.2]
-    moved = torch.zeros(4)
-    for round_number in range(4):
-        for site, (rank, weight) in enumerate(zip(ranks, weights, strict=True)):
-            first, end, parts = part_of("svd", rank, 4, round_number + site)
-            moved[first:end] += weight * parts
-    assert torch.allclose(moved, torch.full((4,), 4.0))
 
 
 @given(SHAPES, RANKS, st.integers(0, 1000))
@@ -175,7 +161,7 @@ def test_with_one_factor_shared_the_linear_methods_are_exact(aggregation: str, r
     weights = [1.0, 2.0, 5.0]
     updates = [Update(str(site), weight, {"m": part}) for site, (part, weight) in enumerate(zip(parts, weights))]  # noqa: B905
     found = aggregate(aggregation, {"m": current}, updates).adapter["m"]
-    wanted = dense_mean(current, [share(part, 0, weight / 8, 1) for part, weight in zip(parts, weights)])  # noqa: B905
+    wanted = dense_mean(current, [share(part, 0, weight / 8) for part, weight in zip(parts, weights)])  # noqa: B905
     assert (dense(found) - wanted).norm() <= 1e-5 * wanted.norm()
     assert half == ("b" if aggregation == "ffa" or round_number == 0 else "a")
 
@@ -186,7 +172,7 @@ def test_averaging_both_factors_is_not_the_mean_of_the_updates() -> None:
     parts = [draw(13, 21, 4, seed=6 + site) for site in range(3)]
     updates = [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(parts)]
     found = aggregate("fedit", {"m": current}, updates)
-    wanted = dense_mean(current, [share(part, 0, 1 / 3, 1) for part in parts])
+    wanted = dense_mean(current, [share(part, 0, 1 / 3) for part in parts])
     assert (dense(found.adapter["m"]) - wanted).norm() > 0.1 * wanted.norm()
     assert found.energy_kept is None, "nothing was cut"
 
@@ -201,7 +187,7 @@ def test_equal_updates_give_that_update() -> None:
 
 def test_the_norm_of_a_change_is_the_dense_one() -> None:
     current = {"m": draw(15, 8, 6, seed=1), "n": draw(7, 9, 6, seed=2)}
-    update = Update("a", 1.0, {"m": draw(15, 8, 3, seed=3), "n": draw(7, 9, 3, seed=4)}, first=2, parts=2)
+    update = Update("a", 1.0, {"m": draw(15, 8, 3, seed=3), "n": draw(7, 9, 3, seed=4)}, first=2)
     changes = [dense(update.adapter[name]) - dense(current[name].between(2, 5)) for name in current]
     wanted = math.sqrt(sum(float(change.square().sum()) for change in changes))
     assert change_norm(current, update, 2.0) == pytest.approx(2.0 * wanted)

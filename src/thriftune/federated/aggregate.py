@@ -2,17 +2,16 @@
 
 `svd` (default) is the exact weighted mean of the updates, held as stacked factors and cut to the global rank by its
 singular values, whose squares are its energy (Bai et al. 2024, FlexLoRA, arXiv:2402.11505, without the dense product).
-A site of rank r_k trains a part of at most r_k components, n_k = ceil(R / r_k) parts in turn, beside the frozen others
-(as FedRolex has a small site train a rolling part of a network, Alam et al. 2022, arXiv:2212.01548). What it changed,
-B_k A_k less the product B_p A_p of its part before, counts n_k times, so that over n_k rounds every site counts by its
-weight in every component:
+A site of rank r_k trains a part of at most r_k components, ceil(R / r_k) parts in turn, beside the frozen others (as
+FedRolex has a small site train a rolling part of a network, Alam et al. 2022, arXiv:2212.01548). Its update is B_k A_k
+in the place of the product B_p A_p of its part before:
 
-    B A + sum_k w_k n_k (B_k A_k - B_p A_p)  =  [w_1 n_1 B_1 ... w_K n_K B_K  B u] [A_1 ; ... ; A_K ; A]
+    B A + sum_k w_k (B_k A_k - B_p A_p)  =  [w_1 B_1 ... w_K B_K  B u] [A_1 ; ... ; A_K ; A]
 
-with u = 1 - sum_k w_k n_k over the sites whose part has the component (docs/decisions/0017). `fedit` averages A and B
-by themselves (Zhang et al. 2023, arXiv:2305.05644), which is not the mean of the updates. Where all sites share one of
-the factors it is: `ffa` never trains A (Sun et al. 2024, arXiv:2403.12313), `rolora` trains B and A in turn (Chen et
-al. 2025, arXiv:2502.01755).
+with u = 1 - sum_k w_k over the sites whose part has the component (docs/decisions/0017). `fedit` averages A and B by
+themselves (Zhang et al. 2023, arXiv:2305.05644), which is not the mean of the updates. Where all sites share one of the
+factors it is: `ffa` never trains A (Sun et al. 2024, arXiv:2403.12313), `rolora` trains B and A in turn (Chen et al.
+2025, arXiv:2502.01755).
 
 Shape legend: O out, I in, R global rank, r components of a part, S rank of a stack, K values of a decomposition.
 """
@@ -57,13 +56,12 @@ Adapter = Mapping[str, Factors]  # by the name of the module that carries it
 @dataclass(frozen=True)
 class Update:
     """What a site sends after a round: the components from `first` on. `weight` is its share in the mean before the
-    weights are made to sum to one; `parts` is n_k, how many times its change counts."""
+    weights are made to sum to one."""
 
     site: str
     weight: float
     adapter: Adapter
     first: int = 0
-    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,13 @@ def trained_half(aggregation: str, round_number: int) -> Half:
     return "both"
 
 
-def part_of(aggregation: str, rank: int, whole: int, turn: int) -> tuple[int, int, int]:
-    """(first, end, number of parts) of the components that a site of this rank trains when it is this turn: the parts,
-    of nearly equal size, one after another. `fedit` is the way it is known: always the first components."""
+def parts_of(aggregation: str, rank: int, whole: int) -> list[tuple[int, int]]:
+    """The parts, (first, end) of nearly equal size, that a site of this rank trains in turn. `fedit` is the way it is
+    known: always the first components."""
     if aggregation != "svd":
-        return 0, rank, 1
-    parts = math.ceil(whole / rank)
-    number = turn % parts
-    return number * whole // parts, (number + 1) * whole // parts, parts
+        return [(0, rank)]
+    number = math.ceil(whole / rank)
+    return [(part * whole // number, (part + 1) * whole // number) for part in range(number)]
 
 
 def aggregate(aggregation: str, current: Adapter, updates: Sequence[Update]) -> Aggregate:
@@ -108,10 +105,7 @@ def aggregate(aggregation: str, current: Adapter, updates: Sequence[Update]) -> 
     merge = _svd if aggregation == "svd" else _mean_of_factors
     adapter, kept, whole = {}, 0.0, 0.0
     for name, now in current.items():
-        shares = [
-            Share(_in_full(update.adapter[name]), update.first, update.weight / total, update.parts)
-            for update in updates
-        ]
+        shares = [Share(_in_full(update.adapter[name]), update.first, update.weight / total) for update in updates]
         adapter[name], kept_here, whole_here = merge(_in_full(now), shares)
         kept, whole = kept + kept_here, whole + whole_here
     return Aggregate(adapter, kept / whole if whole else None)
@@ -119,28 +113,23 @@ def aggregate(aggregation: str, current: Adapter, updates: Sequence[Update]) -> 
 
 @dataclass(frozen=True)
 class Share:
-    """One site's part of one matrix: the components from `first` on, its weight (all sum to one) and its n_k."""
+    """One site's part of one matrix: the components from `first` on, and its weight (all sum to one)."""
 
     factors: Factors
     first: int
     weight: float
-    parts: int
 
     @property
     def end(self) -> int:
         return self.first + self.factors.rank
-
-    @property
-    def counts(self) -> float:
-        return self.weight * self.parts
 
 
 def stacked_mean(current: Factors, shares: Sequence[Share]) -> Factors:
     """The exact mean of the updates as one pair of factors of rank S = R plus all parts' r (the module's formula)."""
     left_R = torch.ones(current.rank, dtype=current.a_RI.dtype)
     for share in shares:
-        left_R[share.first : share.end] -= share.counts
-    left_OS = torch.cat([*(share.factors.b_OR * share.counts for share in shares), current.b_OR * left_R], dim=1)
+        left_R[share.first : share.end] -= share.weight
+    left_OS = torch.cat([*(share.factors.b_OR * share.weight for share in shares), current.b_OR * left_R], dim=1)
     return Factors(left_OS, torch.cat([*(share.factors.a_RI for share in shares), current.a_RI]))
 
 
@@ -212,7 +201,7 @@ def _svd(current: Factors, shares: Sequence[Share]) -> tuple[Factors, float, flo
     near_RI = current.a_RI.clone()
     for share in shares:
         part = slice(share.first, share.end)
-        near_RI[part] += share.counts * (share.factors.a_RI - current.a_RI[part])
+        near_RI[part] += share.weight * (share.factors.a_RI - current.a_RI[part])
     return truncated(stacked_mean(current, shares), current.rank, near_RI)
 
 

@@ -26,7 +26,7 @@ from thriftune.federated.aggregate import (
     Refused,
     Update,
     aggregate,
-    part_of,
+    parts_of,
     refuse_unusable,
     trained_half,
 )
@@ -108,7 +108,7 @@ class Coordinator:
 
     def _message(self, site: str, kind: Literal["offer", "end"], ticket: str) -> bytes:
         rounds = self.recipe.federated
-        first, stop, _ = self._part(site)
+        first, stop = self._part(site)
         header = Header(
             kind=kind,
             federation=self.state.federation,
@@ -128,20 +128,21 @@ class Coordinator:
         )
         return pack(header, self.current)
 
-    def _part(self, site: str) -> tuple[int, int, int]:
-        """(first, end, number of parts) of the components that a site trains in this round. It is at its next part only
-        when the one before was taken, so that one that misses every other round trains them all. Sites of one rank do
-        not all begin with the same part."""
+    def _part(self, site: str) -> tuple[int, int]:
+        """(first, end) of the components that a site trains in this round. It is at its next part only when the one
+        before was taken, so that one that misses every other round trains them all. Sites of one rank do not all begin
+        with the same part."""
         entries = (entry for done in self.state.rounds for entry in done.sites if entry.site == site)
         turn = list(self.sites).index(site) + sum(entry.change is not None for entry in entries)
-        return part_of(self.recipe.federated.aggregation, self.sites[site], self._places.rank, turn)
+        parts = parts_of(self.recipe.federated.aggregation, self.sites[site], self._places.rank)
+        return parts[turn % len(parts)]
 
     def take(self, site: str, data: bytes) -> None:
         """Keep the update that a site sent. Raises MessageError for one that is not the answer to this round's
         offer."""
         message = open_message(data)
         header = message.header
-        first, stop, parts = self._part(site)
+        first, stop = self._part(site)
         expect(
             header,
             kind="update",
@@ -163,7 +164,7 @@ class Coordinator:
         if weight <= 0:
             raise MessageError(given=f"site {site} names no target tokens", allowed="1 or more", do="it is not used")
         adapter = update_of(message, self._shapes, self.current)
-        self._updates[site] = Update(site, weight, adapter, first, parts)
+        self._updates[site] = Update(site, weight, adapter, first)
         own = {"targets": header.targets, "loss": header.loss, "train_s": header.train_s}
         update = {"bytes_up": len(data), "bytes_of_factors": len(message.body), **own}
         self._sent[site] = self._sent[site].model_copy(update=update)

@@ -4,8 +4,8 @@ The optimizer's moments never leave the site and stay from round to round (docs/
 numbered through all rounds: step s of round n is step n * local_steps + s of the schedule and of the order of its
 rows, so a site that missed rounds goes on where the others are.
 
-A site of a lower rank trains another part of the components each round, and each part has an optimizer of its own
-(docs/decisions/0017).
+A site of a lower rank trains another part of the components each round. Each part has an optimizer of its own, and a
+learning rate as many times as high as there are parts (docs/decisions/0017).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from thriftune.data import Example
-from thriftune.errors import InputError, RecipeError
+from thriftune.errors import CheckpointError, InputError, RecipeError
 from thriftune.federated.adapter import Places, find_places
-from thriftune.federated.aggregate import Adapter, part_of
+from thriftune.federated.aggregate import Adapter, parts_of
 from thriftune.federated.message import Header, MessageError, expect, factors_of, open_message, pack_update
 from thriftune.federated.part import PartialPath, PartOptimizer, without_components_beyond
 from thriftune.methods import METHODS, trainable_parameters
@@ -165,15 +165,14 @@ class Site:
         places, rounds = self._base.places, self._job.recipe.federated.rounds
         expect(header, kind=kind, site=self.name, half="both", rank=places.rank, differences=False)
         if joined := self._state.identity:
-            expect(header, federation=joined["federation"])
-        first, end = header.train_first, header.train_end
-        fits = 0 <= first < end <= first + header.train_rank <= first + places.rank and end <= places.rank
-        if not (fits and 0 <= header.round < rounds + (kind == "end")):
+            expect(header, federation=joined["federation"], train_rank=joined["rank"])
+        part, rank = (header.train_first, header.train_end), header.train_rank
+        known = 1 <= rank <= places.rank and part in self._parts(rank)
+        if not (known and 0 <= header.round < rounds + (kind == "end")):
             raise MessageError(
-                given=f"an offer of round {header.round + 1} to a site of rank {header.train_rank}, to train the "
-                f"components from {first} to {end}",
-                allowed=f"rounds 1 to {rounds}, ranks 1 to {places.rank}, and components of that rank from 0 to "
-                f"{places.rank}",
+                given=f"an offer of round {header.round + 1} to a site of rank {rank}, to train the components from "
+                f"{part[0]} to {part[1]}",
+                allowed=f"rounds 1 to {rounds}, ranks 1 to {places.rank}, and a part that sites of that rank have",
                 do="it is not used; look at the coordinator",
             )
         ours = (places.fingerprint(), terms_of(self._job.recipe))
@@ -196,11 +195,17 @@ class Site:
             return
         folder, state = found
         check_identity(folder, state, identity)
-        aggregation, rank, whole = self._job.recipe.federated.aggregation, header.train_rank, self._base.places.rank
-        for turn in range(part_of(aggregation, rank, whole, 0)[2]):
-            first, end, _ = part_of(aggregation, rank, whole, turn)
-            if (folder / f"{_prefix(first, end)}{LAYOUT_FILE}").exists():  # a part that was trained by then
-                load_optimizer(self._optimizer(first, end), folder, _prefix(first, end))
+        trained = [
+            part for part in self._parts(header.train_rank) if (folder / f"{_prefix(*part)}{LAYOUT_FILE}").exists()
+        ]
+        if not trained:
+            raise CheckpointError(
+                given=f"{folder} has no optimizer of a part that a site of rank {header.train_rank} trains",
+                allowed="a checkpoint that this version of thriftune wrote",
+                do="start this site in another folder: its optimizers then begin anew",
+            )
+        for part in trained:
+            load_optimizer(self._optimizer(*part), folder, _prefix(*part))
         self._path.resume(state.path)
         self._state = state  # only now: a folder that was refused is refused again
         self._observers.event(f"went on from {folder}")
@@ -236,13 +241,14 @@ class Site:
         job, rounds = self._job, self._job.recipe.federated
         self._path.half, self._path.first, self._path.end = header.train, header.train_first, header.train_end
         optimizer = self._optimizer(header.train_first, header.train_end)
+        times = len(self._parts(header.train_rank))
         first = header.round * rounds.local_steps
         meter, losses = Meter(job.processes.device), []
         job.model.train()
         self._observers.start(first, job.order.steps)
         for step in range(first, first + rounds.local_steps):
             events: list[str] = []
-            started, rate = time.perf_counter(), self._rate.at(step)
+            started, rate = time.perf_counter(), times * self._rate.at(step)
             result = train_step(job, optimizer, self._path, step, rate, StopRequest(), self._teller(events))
             self._state.step, self._state.tokens_seen = step + 1, self._state.tokens_seen + result.tokens
             losses.append((result.loss, result.targets))
@@ -273,6 +279,9 @@ class Site:
             self._observers.event(text)
 
         return say
+
+    def _parts(self, rank: int) -> list[tuple[int, int]]:
+        return parts_of(self._job.recipe.federated.aggregation, rank, self._base.places.rank)
 
     def _optimizer(self, first: int, end: int) -> torch.optim.Optimizer:
         """That of the components `first` to `end`; it is made when they are first trained."""
