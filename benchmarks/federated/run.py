@@ -44,7 +44,7 @@ COMMON = [
     "gradient_accumulation_steps=1",
 ]
 MIXED = "4,8,16"
-RATES = "5e-4,1e-3,2e-3"
+RATES = "1e-3,2e-3,4e-3"
 SEARCH_SEED, TRAIN_ROWS, EVAL_ROWS = 1000, 25_000, 200
 ARMS = {
     "central": None,
