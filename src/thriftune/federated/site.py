@@ -143,8 +143,8 @@ class Site:
         self._path = PartialPath(base.path, base.places, 0, base.places.rank)
         self._observers = Observers(observers)
         recipe = self._job.recipe
-        whole, _, remark = build_optimizer(self._job.model, recipe, self._job.processes.device)
-        self._optimizers: dict[tuple[int, int], torch.optim.Optimizer] = {(0, base.places.rank): whole}
+        self._whole, _, remark = build_optimizer(self._job.model, recipe, self._job.processes.device)
+        self._optimizers: dict[tuple[int, int], torch.optim.Optimizer] = {}  # of the parts that were trained
         if remark:
             self._observers.event(remark)
         self._rate = LearningRate(recipe.train, recipe.learning_rate, self._job.order.steps)
@@ -285,12 +285,13 @@ class Site:
 
     def _optimizer(self, first: int, end: int) -> torch.optim.Optimizer:
         """That of the components `first` to `end`; it is made when they are first trained."""
-        if (first, end) not in self._optimizers:
-            job = self._job
-            self._optimizers[first, end] = PartOptimizer(
-                self._base.places, first, end, job.recipe, job.processes.device
+        part, places, job = (first, end), self._base.places, self._job
+        if part not in self._optimizers:
+            is_whole = part == (0, places.rank)
+            self._optimizers[part] = (
+                self._whole if is_whole else PartOptimizer(places, first, end, job.recipe, job.processes.device)
             )
-        return self._optimizers[first, end]
+        return self._optimizers[part]
 
     def _keep(self) -> None:
         self._state.path = self._path.state()
