@@ -59,10 +59,10 @@ beside)
 crowd)
     share_cards
     run "$python" "$here/engine/curves.py" --model "$model" --data "$shared/data/imdb" --output "$runs/curves" \
-        --results "$results/engine-curves" --gpus 4 --at-once 18 --seeds 10 --minutes "${MINUTES:-12}" \
+        --results "$results/engine-curves" --gpus 4 --at-once 14 --seeds 10 --minutes "${MINUTES:-12}" \
         >"$out/curves.log" 2>&1 &
     run "$python" "$here/federated/run.py" --model "$model" --data "$shared/data/imdb" --output "$runs/federated" \
-        --results "$results/federated-imdb" --gpus 4 --at-once 16 --minutes "${MINUTES:-12}"
+        --results "$results/federated-imdb" --gpus 4 --at-once 19 --minutes "${MINUTES:-12}"
     wait
     cat "$out/curves.log"
     ;;

@@ -1,13 +1,13 @@
 """IMDb over 8 sites that are not alike, ranks 4, 8 and 16, a 4-bit base, beside training on all rows in one place.
 
     python benchmarks/federated/run.py --model ../shared/models/reader-16m --data ../shared/data/imdb \
-        --output runs/federated --results benchmarks/results/federated-imdb --gpus 4 --at-once 15
+        --output runs/federated --results benchmarks/results/federated-imdb --gpus 4 --at-once 19
 
 Arms: `central` is `thriftune train` on all rows, as many examples as all sites together see; `svd` and `fedit` are
 federations of mixed ranks; `svd-equal`, `rolora` and `ffa` (not run unless named with --arms) have rank 16 at all
 sites. Splits: Dirichlet 0.3 over the labels, and by rating. Every arm has its own learning rate on each split: that of
-the least loss on EVAL_ROWS training rows held out, with a seed that no final cell has, of three and of up to two more
-where the best is at an edge (rates.py). Then --seeds are trained on all rows and score all test rows.
+the least loss on EVAL_ROWS training rows held out, with a seed that no final cell has, of those in RATES and of up to
+two more where the best is at an edge (rates.py). Then --seeds are trained on all rows and score all test rows.
 
 Every cell is a process of its own and, when it is trained, a second one that scores; cells share the GPUs in turn, so
 their times are not to be compared. A cell whose score is there already is not run again, and one that is trained, in
@@ -44,8 +44,9 @@ COMMON = [
     "gradient_accumulation_steps=1",
 ]
 MIXED = "4,8,16"
-RATES = "1e-3,2e-3,4e-3"
-SEARCH_SEED, TRAIN_ROWS, EVAL_ROWS = 1000, 25_000, 200
+# A federation makes an eighth of the steps one after the other, and wants a higher rate.
+RATES = {"central": "5e-4,1e-3,2e-3", "federated": "1e-3,2e-3,4e-3,8e-3"}
+SEARCH_SEED, TRAIN_ROWS, EVAL_ROWS = 1000, 25_000, 1_000
 ARMS = {
     "central": None,
     "svd": ["aggregation=svd", "--ranks", MIXED],
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--local-steps", type=int, default=2)
-    parser.add_argument("--rates", default=RATES, help="learning rates that every arm's search begins with")
+    parser.add_argument("--rates", help="learning rates that every arm's search begins with, instead of RATES")
     parser.add_argument("--method", default="qlora")
     parser.add_argument("--gpus", type=int, default=0, help="0: on the CPU")
     parser.add_argument("--at-once", type=int, default=1)
@@ -115,7 +116,8 @@ def search(arm: str, split: str, arguments: argparse.Namespace) -> Search:
         rate = float(path.name.removeprefix(f"{stem}-").removesuffix(f"-seed{SEARCH_SEED}.train.json"))
         record = read(path)
         losses[rate] = None if record is None else loss_of(record)  # empty: training broke off
-    return search_of(losses, [float(rate) for rate in arguments.rates.split(",")])
+    rates = arguments.rates or RATES["central" if ARMS[arm] is None else "federated"]
+    return search_of(losses, [float(rate) for rate in rates.split(",")])
 
 
 def loss_of(record: dict[str, Any]) -> float | None:
@@ -174,13 +176,13 @@ def command_of(cell: Cell, arguments: argparse.Namespace) -> str:
         *COMMON,
         *(f"data.path={arguments.data}", f"seed={cell.seed}", f"learning_rate={cell.rate:g}"),
     ]
+    arm = ARMS[cell.arm]
+    steps = arguments.rounds * arguments.local_steps * (SITES if arm is None else 1)
     if not cell.is_final:
         words += [f"eval_fraction={EVAL_ROWS / TRAIN_ROWS}", f"max_eval_samples={EVAL_ROWS}"]
-    arm = ARMS[cell.arm]
+        words += ["eval_strategy=steps", f"eval_steps={steps}"]
     if arm is None:
-        steps = SITES * arguments.rounds * arguments.local_steps
         train = [*program, "train", "--force", *words, f"max_steps={steps}"]
-        train += [] if cell.is_final else ["eval_strategy=steps", f"eval_steps={steps}"]
     else:
         train = [
             *(*program, "federate", "simulate", "--force", *words, "--clients", str(SITES), "--split", cell.split),

@@ -277,8 +277,26 @@ def test_a_coordinator_that_was_stopped_goes_on_and_ends_the_same(model: Path, r
         assert torch.equal(factors.a_RI, stopped.coordinator.current[name].a_RI)
 
 
+@pytest.mark.parametrize(
+    ("train", "measured"),
+    [
+        ({"eval_strategy": "epoch"}, [True] * 4),  # a recipe's own way when it names none
+        ({"eval_strategy": "no"}, [False] * 4),
+        ({"eval_strategy": "steps", "eval_steps": 3}, [False, True, True, True]),  # steps 2, 4, 6, 8
+        ({"eval_strategy": "steps", "eval_steps": 100}, [False, False, False, True]),
+    ],
+)
+def test_eval_rows_are_measured_when_the_recipe_says_so(
+    model: Path, rows: Path, tmp_path: Path, train: dict[str, Any], measured: list[bool]
+) -> None:
+    recipe = recipe_of(model, rows, tmp_path, rounds=4, data={"eval_fraction": 0.1}, train=train)
+    record = run_simulation(recipe, 2)
+    assert [entry.eval_loss is not None for entry in record.rounds] == measured
+
+
 def test_the_record_has_the_bytes_of_each_site_and_round(model: Path, rows: Path, tmp_path: Path) -> None:
-    record = run_simulation(recipe_of(model, rows, tmp_path, data={"eval_fraction": 0.1}), 3, ranks=[1, 2, 4])
+    recipe = recipe_of(model, rows, tmp_path, data={"eval_fraction": 0.1}, train={"eval_strategy": "epoch"})
+    record = run_simulation(recipe, 3, ranks=[1, 2, 4])
     assert [site.rank for site in record.rounds[0].sites] == [1, 2, 4]
     for entry in record.rounds:
         assert entry.updates == 3 and entry.eval_loss is not None

@@ -113,10 +113,23 @@ def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> Feder
         coordinator.take(site.name, site.answer(coordinator.offer(site.name)))
 
     def measure() -> float | None:
+        if not _eval_is_due(coordinator.recipe, coordinator.round):
+            return None
         base.places.write(coordinator.current)
         return eval_loss(base)
 
     return coordinator.close(measure)
+
+
+def _eval_is_due(recipe: Recipe, done: int) -> bool:
+    """After the round that follows `done` others: always, or with eval_strategy steps where a multiple of eval_steps is
+    reached or passed, and after the last."""
+    settings, rounds = recipe.train, recipe.federated
+    if settings.eval_strategy != "steps":
+        return settings.eval_strategy != "no"
+    steps = done * rounds.local_steps
+    passed = (steps + rounds.local_steps) // settings.eval_steps > steps // settings.eval_steps
+    return passed or done + 1 == rounds.rounds
 
 
 def _site(base: Base, name: str, examples: Sequence[Example], output: Path) -> Site:
