@@ -68,7 +68,7 @@ crowd)
     ;;
 plan)
     CUDA_VISIBLE_DEVICES=0 run "$python" "$here/plan_points/run_engine.py" --lengths "$lengths" --by-layers \
-        --results "$results/plan-quiet/engine-points.jsonl" --groups 0,2,1,3,4 --deadline-s "$((${MINUTES:-9} * 55))"
+        --results "$results/plan-quiet.jsonl" --groups 0,2,1,3,4 --deadline-s "$((${MINUTES:-9} * 55))"
     ;;
 all)
     for each in beside crowd plan; do "$0" "$each" "$shared" "$out"; done

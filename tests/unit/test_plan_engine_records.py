@@ -1,4 +1,4 @@
-"""The plan's bytes and seconds for the engine against what an H200 measured (benchmarks/results/engine-h200)."""
+"""The plan's bytes and seconds for the engine against what H200s measured: results/engine-h200, results/plan-h200."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "plan_points"))
+from fit_engine import compare, points_of, slow_host
 from shapes_measured import SHAPES
 
 from thriftune.catalog.gpus import find_gpu
@@ -27,6 +28,7 @@ from thriftune.shapes import from_config
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "benchmarks" / "results" / "engine-h200").glob("*.thriftune.json"))
 LENGTHS = ROOT.parent / "shared" / "bench" / "gsm8k_lengths.txt"
+POINTS = points_of(ROOT / "benchmarks" / "results" / "plan-h200" / "engine-points.jsonl")
 GIB = 2**30
 
 
@@ -62,3 +64,41 @@ def test_bytes_within_2_percent_and_seconds_within_8(path: Path) -> None:
     planned = engine_memory(case, chosen, work.packed).allocated_bytes / GIB
     assert planned == pytest.approx(record["peak_gib"], rel=0.02)
     assert engine_time(case, chosen, work, gpu, 1).step_s == pytest.approx(record["step_s"], rel=0.08)
+
+
+@pytest.fixture(scope="module")
+def points() -> list[dict[str, Any]]:
+    slow = slow_host(POINTS)
+    return [compare(row) | {"host_slow": place in slow} for place, row in enumerate(POINTS)]
+
+
+def test_points_cover_models_methods_and_batches(points: list[dict[str, Any]]) -> None:
+    assert len(points) >= 30
+    assert {row["model"] for row in points} == {"Llama-3-8B", "Llama-3.2-1B", "Qwen3-8B"}
+    assert {row["method"] for row in points} == {"lora", "qlora"}
+    assert {row["batch"] for row in points} == {"1x512", "4x2048", "1x8192", "gsm8k"}
+    assert {row["keep"] for row in points} == {0, 2, 3}
+
+
+def test_bytes_of_the_points_within_5_percent_and_never_1_percent_short(points: list[dict[str, Any]]) -> None:
+    for row in points:
+        assert -0.01 <= row["allocated_error_of_choice"] <= 0.05, row
+        assert -0.01 <= row["reserved_error"] <= 0.05, row
+    assert sum(row["as_planned"] for row in points) >= len(points) - 1
+    assert sum(row["allocated_error"] <= 0.05 for row in points) >= len(points) - 1  # one was planned to keep more
+
+
+def test_seconds_of_the_points_within_15_percent(points: list[dict[str, Any]]) -> None:
+    """Where the host launched kernels at its usual speed: how fast it does is not the GPU's."""
+    usual = [row for row in points if not row["host_slow"]]
+    assert len(usual) >= 35
+    for row in usual:
+        assert abs(row["step_error"]) <= 0.15, row
+
+
+def test_seconds_by_layers_within_7_percent_where_launches_are_not_the_limit(points: list[dict[str, Any]]) -> None:
+    """`plan --measure`, right after the step that it is of, on the same machine."""
+    asked = [row for row in points if row["by_layers_error"] is not None and row["batch"] != "1x512"]
+    assert len(asked) == 15
+    beyond = [row for row in asked if abs(row["by_layers_error"]) > 0.07]
+    assert [(row["model"], row["method"], row["batch"]) for row in beyond] == [("Llama-3.2-1B", "qlora", "gsm8k")]

@@ -12,9 +12,9 @@ from thriftune.plan.engine import EngineCase
 from thriftune.plan.memory import FRAGMENTS_FIXED, WIDE, in_all, optimizer_states, outside
 from thriftune.plan.values import PARTS, Memory, Packed
 
-# What the allocator has taken and cannot use at the peak, as shares of what a layer's backward pass works with: always,
-# and where steps differ in length. From seven runs on an H200.
-FRAGMENTS, FRAGMENTS_VARIED = 0.3, 1.0
+# What the allocator has taken and cannot use at the peak: shares of what a layer's backward pass works with, always and
+# where steps differ in length, and of the gradients. From half of the points in benchmarks/results/plan-h200.
+FRAGMENTS, FRAGMENTS_VARIED, FRAGMENTS_GRADIENTS = 0.3, 0.7, 0.75
 SCORES = 4  # a row's attention scores and gradients by the reference kernel on a CPU, all heads, float32
 
 
@@ -33,6 +33,7 @@ def engine_memory(case: EngineCase, choice: Choice, packed: Packed) -> Memory:
         parts["workspace"] += float(SCORES * WIDE * sizes.layers[0][0].heads * packed.longest**2)
     share = FRAGMENTS + (FRAGMENTS_VARIED if packed.varied else 0.0)
     fragments = FRAGMENTS_FIXED + share * choice.most_tokens * sizes.working_bytes(Keep.ALL)
+    fragments += FRAGMENTS_GRADIENTS * gradient_bytes(case)
     return in_all(parts, fragments, paged, runtime)
 
 

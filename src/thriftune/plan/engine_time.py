@@ -1,7 +1,6 @@
 """Seconds of a step through the engine: FLOPs and bytes at the rates it reaches, and the launches it cannot beat.
 
-A step is one row of packed examples, cut into parts only by memory. Layers' products in a part of T tokens take as long
-as those of T + `ramp` tokens would at the rate that long rows reach: short products fill a GPU badly.
+A step is one row of packed examples, cut into parts only by memory.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PARTS_OF_A_LAYER = 7  # linears, each with a tensor of A and one of B
 
 @dataclass(frozen=True, slots=True)
 class EngineEfficiency:
-    """What the engine reaches: shares of the GPU's rates (`matmul_fp8` of that of 8-bit floats); `ramp` in tokens;
+    """What the engine reaches: shares of the GPU's rates (`matmul_fp8` of that of 8-bit floats);
     `attention` of the matrix rate for rows of 2,048 tokens, growing with the row. The rest are seconds of the thread
     that launches kernels: for a layer's forward and backward pass, for what is computed again by what is kept, for a
     step, and for one whose rows have new lengths (attention is planned and memory mapped anew); `paged_s` for each
@@ -33,7 +32,6 @@ class EngineEfficiency:
 
     matmul: float
     matmul_fp8: float
-    ramp: float
     attention: float
     traffic: float
     dequantise: float
@@ -48,15 +46,14 @@ class EngineEfficiency:
 ENGINE = EngineEfficiency(
     matmul=0.735,
     matmul_fp8=0.615,
-    ramp=400.0,
-    attention=0.324,
-    traffic=0.75,
-    dequantise=0.5,
-    layer_s=0.0014,
-    again_s=(0.0, 0.0003, 0.0007, 0.001),
-    step_s=0.006,
-    varied_s=0.006,
-    paged_s=0.0001,
+    attention=0.29,
+    traffic=0.675,
+    dequantise=0.85,
+    layer_s=0.0024,
+    again_s=(0.0, 0.0005, 0.001, 0.0013),
+    step_s=0.005,
+    varied_s=0.0155,
+    paged_s=0.00015,
     measured=True,
 )
 
@@ -80,13 +77,11 @@ def engine_time(case: EngineCase, choice: Choice, work: Work, gpu: Gpu, gpus: in
     amounts = engine_amounts(case, choice, work)
     reached = engine_efficiency_of(gpu)
     flops, bandwidth = matrix_rate(gpu, case.setup), gpu.bandwidth_bytes_per_s
-    a_part = work.packed.tokens / amounts.parts
-    ramp = 1 + reached.ramp / max(a_part, 1.0)
     reach = min(1.0, reached.attention * (amounts.mean_length / 2048) ** 0.2)
     products_rate = flops * reached.matmul
     if case.setup.fp8 and gpu.flops_fp8 is not None:
         products_rate = gpu.flops_fp8 * reached.matmul_fp8
-    compute_s = amounts.products * ramp / products_rate + amounts.head / (flops * reached.matmul)
+    compute_s = amounts.products / products_rate + amounts.head / (flops * reached.matmul)
     compute_s += amounts.attention / (flops * reach)
     memory_s = (amounts.traffic / reached.traffic + amounts.dequantised / reached.dequantise) / bandwidth
     layers = case.sizes.number_of_layers
