@@ -27,7 +27,9 @@ class ProgressLine:
         self._every = every
         self._label = f"{label}: " if label else ""
         self._live: Live | None = None
-        self._last: StepMetrics | None = None
+        self._energy_j: float | None = None  # at the last new reading
+        self._since_s = 0.0  # in steps since then
+        self._power_words = ""
 
     def start(self, first_step: int, num_steps: int) -> None:
         self._first_step, self._num_steps = first_step, num_steps
@@ -45,7 +47,6 @@ class ProgressLine:
         due = metrics.step % self._every == 0 or metrics.step in (self._first_step + 1, self._num_steps)
         if due or metrics.eval_loss is not None:
             self._console.print(f"{self._label}{line}", markup=False, highlight=False, soft_wrap=True)
-        self._last = metrics
 
     def _describe(self, metrics: StepMetrics) -> str:
         done = metrics.step - self._first_step
@@ -59,10 +60,20 @@ class ProgressLine:
         if metrics.eval_loss is not None:
             parts.insert(2, f"eval loss {metrics.eval_loss:.4f}")
         if metrics.energy_j is not None:
-            power_w = (metrics.energy_j - (self._last.energy_j or 0.0 if self._last else 0.0)) / metrics.step_s
-            parts.append(f"{power_w:.0f} W" if self._last else f"{metrics.energy_j:.0f} J")
+            parts.append(self._power(metrics.energy_j, metrics.step_s))
         parts.append(f"{format_seconds(left_s)} left")
         return "  ".join(parts)
+
+    def _power(self, energy_j: float, step_s: float) -> str:
+        """Energy over time since the last reading; the same again while the meter has no new one."""
+        self._since_s += step_s
+        if self._energy_j is None:
+            self._power_words = f"{energy_j:.0f} J"
+        elif energy_j > self._energy_j:
+            self._power_words = f"{(energy_j - self._energy_j) / self._since_s:.0f} W"
+        if energy_j != self._energy_j:
+            self._energy_j, self._since_s = energy_j, 0.0
+        return self._power_words
 
     def event(self, text: str) -> None:
         self._console.print(Text(f"{self._label}{text}", style="yellow"), soft_wrap=True)

@@ -75,6 +75,14 @@ def test_power_is_energy_over_time():
     assert "100 J" in lines[0] and "300 W" in lines[1]
 
 
+def test_power_is_of_the_time_since_the_meter_was_read_last():
+    """It is read a few times a second; steps between two readings have the energy of the first."""
+    readings = [100.0, 100.0, 100.0, 250.0, 250.0]
+    lines = shown(1, [step(number, energy_j=energy) for number, energy in enumerate(readings, 1)], 40)
+    assert ["100 J" in line for line in lines] == [True, True, True, False, False]
+    assert all("100 W" in line for line in lines[3:]), "150 J in three steps of half a second"
+
+
 def test_the_time_left_falls_to_nothing():
     assert shown(1, [step(40)], 40)[0].endswith("  0.00 s left")
 

@@ -99,7 +99,9 @@ class CudnnAttention:
         places = tuple(_Place.of(tensor) for tensor in tensors)
         window = kind.window_of(segments)
         key = (name, bounds, places, kind.scale, window, tensors[0].dtype)
-        cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
+        # Without the device PyTorch asks the driver how many there are, at every call.
+        stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+        cudnn.set_stream(handle=self._handle, stream=stream)
         if key not in self._plans:
             try:
                 self._plans[key] = build(cudnn, self._handle, bounds, places, kind.scale, window, tensors[0])

@@ -243,7 +243,7 @@ class Site:
         optimizer = self._optimizer(header.train_first, header.train_end)
         times = len(self._parts(header.train_rank))
         first = header.round * rounds.local_steps
-        meter, losses = Meter(job.processes.device), []
+        meter, losses = Meter(job.processes.device, energy=False), []  # the sites of a simulation share a GPU
         job.model.train()
         self._observers.start(first, job.order.steps)
         for step in range(first, first + rounds.local_steps):

@@ -133,7 +133,8 @@ def train(job: TrainJob, observers: Observers, stop: StopRequest) -> TrainOutcom
             state.path = path.state()
             eval_loss = _evaluate_if_due(job, state, path, say)
             state.train_s = before_s + meter.elapsed_s()
-            state.energy_j = before_j + (meter.energy_j() or 0.0)
+            is_last = state.step == job.order.steps or result.stop_signal != 0
+            state.energy_j = before_j + (meter.energy_j(now=is_last) or 0.0)
             observers.step(step_metrics(job, state, result, path, meter, rate, step_s, eval_loss, events))
             if _save_due(job, state, eval_loss) or result.stop_signal:
                 _save(job, optimizer, state, observers)
