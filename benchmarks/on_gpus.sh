@@ -3,10 +3,10 @@
 #
 #   benchmarks/on_gpus.sh STAGE SHARED OUT
 #
-# STAGE   beside     three GPUs compare methods on the 16 M reader, a cell on each; the fourth runs tests/gpu (5 minutes)
+# STAGE   beside     three GPUs compare methods on the 16 M reader, a cell on each; the fourth runs tests/gpu (7 minutes)
 #         crowd      eight sites beside training in one place, and loss curves of the engine's precisions beside
-#                    autograd's: processes that share all GPUs (12 minutes)
-#         plan       one GPU and nothing beside it: the planner's points (9 minutes)
+#                    autograd's: processes that share all GPUs (15 minutes)
+#         plan       one GPU and nothing beside it: the planner's points with all memory free (3 minutes)
 #         all        these three, one after another
 #         rank       a rank that falls beside what keeps it (9 minutes)
 #         sizes      one GPU: what cuts free at an 8B's shapes, streamed layers (6 minutes)
@@ -49,29 +49,32 @@ gpu_tests() {
 
 case $stage in
 beside)
+    # Cells of one comparison are of one kind of machine: those of H200s are kept by themselves.
+    kept=reader
+    if nvidia-smi --query-gpu=name --format=csv,noheader -i 0 | grep -q H200; then kept=reader-h200; fi
     (CUDA_VISIBLE_DEVICES=3 gpu_tests) >"$out/gpu_tests.log" 2>&1 &
     CUDA_VISIBLE_DEVICES=0,1,2 run "$python" "$here/imdb_reader/run.py" --model "$model" --imdb "$shared/data/imdb" \
-        --gsm8k "$shared/data/gsm8k" --output "$runs/reader" --results "$results/reader" --at-once 3 \
-        --tries-at-once 9 --minutes "${MINUTES:-6}"
+        --gsm8k "$shared/data/gsm8k" --output "$runs/$kept" --results "$results/$kept" --parts imdb --at-once 3 \
+        --tries-at-once 9 --minutes "${MINUTES:-8}"
     wait
     cat "$out/gpu_tests.log"
     ;;
 crowd)
     share_cards
     run "$python" "$here/engine/curves.py" --model "$model" --data "$shared/data/imdb" --output "$runs/curves" \
-        --results "$results/engine-curves" --gpus 4 --at-once 14 --seeds 10 --minutes "${MINUTES:-12}" \
+        --results "$results/engine-curves" --gpus 4 --at-once 6 --seeds 8 --minutes "${MINUTES:-15}" \
         >"$out/curves.log" 2>&1 &
     run "$python" "$here/federated/run.py" --model "$model" --data "$shared/data/imdb" --output "$runs/federated" \
-        --results "$results/federated-imdb" --gpus 4 --at-once 19 --minutes "${MINUTES:-12}"
+        --results "$results/federated-imdb" --gpus 4 --at-once 24 --minutes "${MINUTES:-15}"
     wait
     cat "$out/curves.log"
     ;;
 plan)
     CUDA_VISIBLE_DEVICES=0 run "$python" "$here/plan_points/run_engine.py" --lengths "$lengths" --by-layers \
-        --results "$results/plan-quiet.jsonl" --groups 0,2,1,3,4 --deadline-s "$((${MINUTES:-9} * 55))"
+        --results "$results/plan-again.jsonl" --groups 0,2,1,3,4 --free-only --deadline-s "$((${MINUTES:-4} * 55))"
     ;;
 all)
-    for each in beside crowd plan; do "$0" "$each" "$shared" "$out"; done
+    for each in plan beside crowd; do "$0" "$each" "$shared" "$out"; done
     ;;
 rank)
     share_cards

@@ -3,11 +3,12 @@
     python benchmarks/federated/run.py --model ../shared/models/reader-16m --data ../shared/data/imdb \
         --output runs/federated --results benchmarks/results/federated-imdb --gpus 4 --at-once 19
 
-Arms: `central` is `thriftune train` on all rows, as many examples as all sites together see; `svd` and `fedit` are
-federations of mixed ranks; `svd-equal`, `rolora` and `ffa` (not run unless named with --arms) have rank 16 at all
-sites. Splits: Dirichlet 0.3 over the labels, and by rating. Every arm has its own learning rate on each split: that of
-the least loss on EVAL_ROWS training rows held out, with a seed that no final cell has, of those in RATES and of up to
-two more where the best is at an edge (rates.py). Then --seeds are trained on all rows and score all test rows.
+Arms: `central` is `thriftune train` on all rows, as many examples as all sites together see; `svd`, `svd-parts`
+(small_sites=parts) and `fedit` are federations of mixed ranks; `svd-equal`, `rolora` and `ffa` (not run unless named
+with --arms) have rank 16 at all sites. Splits: Dirichlet 0.3 over the labels, and by rating. Every arm has its own
+learning rate on each split: that of the least loss on EVAL_ROWS training rows held out, with a seed that no final cell
+has, of those in RATES and of up to two more where the best is at an edge (rates.py). Then --seeds are trained on all
+rows and score all test rows.
 
 Every cell is a process of its own and, when it is trained, a second one that scores; cells share the GPUs in turn, so
 their times are not to be compared. A cell whose score is there already is not run again, and one that is trained, in
@@ -44,12 +45,16 @@ COMMON = [
     "gradient_accumulation_steps=1",
 ]
 MIXED = "4,8,16"
-# A federation makes an eighth of the steps one after the other, and wants a higher rate.
-RATES = {"central": "5e-4,1e-3,2e-3", "federated": "1e-3,2e-3,4e-3,8e-3"}
+STRETCH = 10  # rounds
+# A federation makes an eighth of the steps one after the other, and wants a higher rate. These are where a search
+# begins, wide enough that few have to go on.
+RATES = {"central": "5e-4,1e-3,2e-3", "fedit": "1e-3,2e-3,4e-3,8e-3"}
+OTHER_RATES = "5e-4,1e-3,2e-3,4e-3"
 SEARCH_SEED, TRAIN_ROWS, EVAL_ROWS = 1000, 25_000, 1_000
 ARMS = {
     "central": None,
     "svd": ["aggregation=svd", "--ranks", MIXED],
+    "svd-parts": ["aggregation=svd", "small_sites=parts", "--ranks", MIXED],
     "fedit": ["aggregation=fedit", "--ranks", MIXED],
     "svd-equal": ["aggregation=svd"],
     "rolora": ["aggregation=rolora"],
@@ -82,7 +87,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--arms", default="central,svd,fedit")
+    parser.add_argument("--arms", default="central,fedit,svd,svd-parts")
     parser.add_argument("--splits", default="dirichlet:0.3,by:rating")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=300)
@@ -116,14 +121,44 @@ def search(arm: str, split: str, arguments: argparse.Namespace) -> Search:
         rate = float(path.name.removeprefix(f"{stem}-").removesuffix(f"-seed{SEARCH_SEED}.train.json"))
         record = read(path)
         losses[rate] = None if record is None else loss_of(record)  # empty: training broke off
-    rates = arguments.rates or RATES["central" if ARMS[arm] is None else "federated"]
+    rates = arguments.rates or RATES.get(arm, OTHER_RATES)
     return search_of(losses, [float(rate) for rate in rates.split(",")])
 
 
 def loss_of(record: dict[str, Any]) -> float | None:
     """On the held-out rows, at the end of training."""
-    loss = record["rounds"][-1]["eval_loss"] if "rounds" in record else record["eval_loss"]
+    loss = shortened(record)["eval_loss"]
     return None if loss is None else float(loss)
+
+
+def shorten(path: Path) -> None:
+    """Write a training's record again without what each site did in each round: half a megabyte a cell."""
+    record = read(path)
+    if record is not None:
+        path.write_text(json.dumps(shortened(record), indent=1) + "\n", encoding="utf-8")
+
+
+def shortened(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a federation with STRETCH rounds as one, and sums of what the table needs of each site and round.
+    Other records, and those that are short, stay as they are."""
+    if not isinstance(record.get("rounds"), list):
+        return record
+    rounds = record["rounds"]
+    stretches = [rounds[first : first + STRETCH] for first in range(0, len(rounds), STRETCH)]
+    sums = {
+        "rounds": len(rounds),
+        "eval_loss": rounds[-1]["eval_loss"],
+        "ranks_sent": sum(site["rank"] for entry in rounds for site in entry["sites"]),
+        "updates_taken": sum(entry["updates"] for entry in rounds),
+        "loss_by_stretch": [loss_of_sites([site for entry in part for site in entry["sites"]]) for part in stretches],
+        "energy_kept_least": min((entry["energy_kept"] for entry in rounds if entry["energy_kept"]), default=None),
+    }
+    return record | sums
+
+
+def loss_of_sites(sites: list[dict[str, Any]]) -> float:
+    """Mean over their target tokens."""
+    return sum(site["loss"] * site["targets"] for site in sites) / sum(site["targets"] for site in sites)
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[Cell]:
@@ -151,6 +186,7 @@ def run_all(arguments: argparse.Namespace) -> list[Cell]:
             for cell, process in list(running.items()):
                 if process.poll() is not None:
                     del running[cell]
+                    shorten(arguments.results / f"{cell.name}.train.json")
                     failed += [cell] if process.returncode else []
                     state = "failed" if process.returncode else "done"
                     print(f"{time.perf_counter() - started:6.0f} s  {cell.name} {state}", flush=True)
@@ -264,8 +300,7 @@ def share_of_bound(record: dict[str, Any]) -> float | None:
     """Bytes of all updates, headers and all, in units of 2 x r_k x (in + out) over matrices, sites and rounds."""
     if "sides" not in record:
         return None
-    ranks = sum(site["rank"] for entry in record["rounds"] for site in entry["sites"])
-    return float(record["bytes_up"]) / (2 * record["sides"] * ranks)
+    return float(record["bytes_up"]) / (2 * record["sides"] * shortened(record)["ranks_sent"])
 
 
 def mean(values: list[Any]) -> float | None:

@@ -6,8 +6,9 @@
 Each batch runs with all memory free, and held to limits at which layers keep less and at which the step is cut in two.
 With expandable segments, as a run has them: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
 The engine decides by itself; a line of the results says what it chose. `--by-layers` also asks, of batches with all
-memory free, what `thriftune plan --measure` would say of the same step; that takes seconds a point. `--tiny` tries the
-script on any machine, where a CPU's memory is not counted and every layer keeps everything.
+memory free, what `thriftune plan --measure` would say of the same step; that takes seconds a point. `--free-only`
+leaves out what is held to a limit. `--tiny` tries the script on any machine, where a CPU's memory is not counted and
+every layer keeps everything.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--groups", default=",".join(map(str, range(len(GROUPS)))))
     parser.add_argument("--deadline-s", type=float, default=1e9)
     parser.add_argument("--by-layers", action="store_true", help="time a few layers too, as plan --measure does")
+    parser.add_argument("--free-only", action="store_true", help="with all memory free only")
     parser.add_argument("--tiny", action="store_true", help="try the script itself, anywhere")
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -73,7 +75,9 @@ def main() -> None:
     with arguments.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"hardware": hardware(device), "versions": versions()}) + "\n")
         groups = TINY if arguments.tiny else [GROUPS[int(number)] for number in arguments.groups.split(",")]
-        for group in groups:
+        for shape, method, cases, steps in groups:
+            asked = [case for case in cases if case[1] == FREE or not arguments.free_only]
+            group = (shape, method, asked, steps)
             if time.perf_counter() - started > arguments.deadline_s:
                 print("out of time before", group[:2], flush=True)
                 break

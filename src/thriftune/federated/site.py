@@ -281,7 +281,7 @@ class Site:
         return say
 
     def _parts(self, rank: int) -> list[tuple[int, int]]:
-        return parts_of(self._job.recipe.federated.aggregation, rank, self._base.places.rank)
+        return parts_of(self._job.recipe.federated, rank, self._base.places.rank)
 
     def _optimizer(self, first: int, end: int) -> torch.optim.Optimizer:
         """That of the components `first` to `end`; it is made when they are first trained."""
