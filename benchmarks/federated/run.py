@@ -3,12 +3,11 @@
     python benchmarks/federated/run.py --model ../shared/models/reader-16m --data ../shared/data/imdb \
         --output runs/federated --results benchmarks/results/federated-imdb --gpus 4 --at-once 19
 
-Arms: `central` is `thriftune train` on all rows, as many examples as all sites together see; `svd`, `svd-parts`
-(small_sites=parts) and `fedit` are federations of mixed ranks; `svd-equal`, `rolora` and `ffa` (not run unless named
-with --arms) have rank 16 at all sites. Splits: Dirichlet 0.3 over the labels, and by rating. Every arm has its own
-learning rate on each split: that of the least loss on EVAL_ROWS training rows held out, with a seed that no final cell
-has, of those in RATES and of up to two more where the best is at an edge (rates.py). Then --seeds are trained on all
-rows and score all test rows.
+Arms: `central` is `thriftune train` on all rows, as many examples as all sites together see; `svd` and `fedit` are
+federations of mixed ranks; `svd-equal`, `rolora` and `ffa` (not run unless named with --arms) have rank 16 at all
+sites. Splits: Dirichlet 0.3 over the labels, and by rating. Every arm has its own learning rate on each split: that of
+the least loss on EVAL_ROWS training rows held out, with a seed that no final cell has, of those in RATES and of up to
+two more where the best is at an edge (rates.py). Then --seeds are trained on all rows and score all test rows.
 
 Every cell is a process of its own and, when it is trained, a second one that scores; cells share the GPUs in turn, so
 their times are not to be compared. A cell whose score is there already is not run again, and one that is trained, in
@@ -48,13 +47,11 @@ MIXED = "4,8,16"
 STRETCH = 10  # rounds
 # A federation makes an eighth of the steps one after the other, and wants a higher rate. These are where a search
 # begins, wide enough that few have to go on.
-RATES = {"central": "5e-4,1e-3,2e-3", "fedit": "1e-3,2e-3,4e-3,8e-3"}
-OTHER_RATES = "5e-4,1e-3,2e-3,4e-3"
+CENTRAL_RATES, RATES = "5e-4,1e-3,2e-3", "1e-3,2e-3,4e-3,8e-3"
 SEARCH_SEED, TRAIN_ROWS, EVAL_ROWS = 1000, 25_000, 1_000
 ARMS = {
     "central": None,
     "svd": ["aggregation=svd", "--ranks", MIXED],
-    "svd-parts": ["aggregation=svd", "small_sites=parts", "--ranks", MIXED],
     "fedit": ["aggregation=fedit", "--ranks", MIXED],
     "svd-equal": ["aggregation=svd"],
     "rolora": ["aggregation=rolora"],
@@ -87,7 +84,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--arms", default="central,fedit,svd,svd-parts")
+    parser.add_argument("--arms", default="central,svd,fedit")
     parser.add_argument("--splits", default="dirichlet:0.3,by:rating")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=300)
@@ -121,7 +118,7 @@ def search(arm: str, split: str, arguments: argparse.Namespace) -> Search:
         rate = float(path.name.removeprefix(f"{stem}-").removesuffix(f"-seed{SEARCH_SEED}.train.json"))
         record = read(path)
         losses[rate] = None if record is None else loss_of(record)  # empty: training broke off
-    rates = arguments.rates or RATES.get(arm, OTHER_RATES)
+    rates = arguments.rates or (CENTRAL_RATES if ARMS[arm] is None else RATES)
     return search_of(losses, [float(rate) for rate in rates.split(",")])
 
 

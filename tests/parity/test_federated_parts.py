@@ -19,8 +19,6 @@ from thriftune.train.loop import mean_loss
 from thriftune.train.optim import LearningRate
 from tiny import tiny_model, tiny_rows
 
-PARTS = {"small_sites": "parts"}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +35,7 @@ def test_a_site_of_lower_rank_trains_a_part_in_turn_and_sends_that_only(
 ) -> None:
     """Rank 2 of 4: the first two components and the last two, round about; the rest stays as it is."""
     ranks = {"small": 2, "large": 4}
-    federation = Federation(recipe_of(model, rows, tmp_path, federated=PARTS), ranks)
+    federation = Federation(recipe_of(model, rows, tmp_path), ranks)
     sites = {name: federation.site(name) for name in ranks}
     for first in (0, 2, 0):
         for name, site in sites.items():
@@ -64,22 +62,8 @@ def _check_small(federation: Federation, data: bytes, first: int) -> None:
     assert len(data) - len(message.body) < 600
 
 
-def test_by_itself_a_site_of_lower_rank_trains_its_first_components_in_every_round(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
-    federation = Federation(recipe_of(model, rows, tmp_path), {"small": 2, "large": 4})
-    sites = {name: federation.site(name) for name in ("small", "large")}
-    for _ in range(3):
-        for name, site in sites.items():
-            data = site.answer(federation.coordinator.offer(name))
-            if name == "small":
-                _check_small(federation, data, 0)
-            federation.coordinator.take(name, data)
-        federation.coordinator.close(lambda: None)
-
-
 def test_a_site_that_misses_every_other_round_trains_all_its_parts(model: Path, rows: Path, tmp_path: Path) -> None:
-    federation = Federation(recipe_of(model, rows, tmp_path, rounds=4, federated=PARTS), {"small": 2, "large": 4})
+    federation = Federation(recipe_of(model, rows, tmp_path, rounds=4), {"small": 2, "large": 4})
     sites, trained = {name: federation.site(name) for name in ("small", "large")}, []
     for number in range(4):
         for name, site in sites.items():
@@ -94,7 +78,7 @@ def test_a_site_that_misses_every_other_round_trains_all_its_parts(model: Path, 
 @pytest.mark.parametrize("engine", ["auto", "off"])
 def test_each_part_has_moments_of_its_own(model: Path, rows: Path, tmp_path: Path, engine: str) -> None:
     """A site of rank 2 alone, four rounds of two steps, against AdamW over the components of each part by hand."""
-    settings = {"send_dtype": "float32", **PARTS}
+    settings = {"send_dtype": "float32", "local_steps": 2}
     recipe = recipe_of(model, rows, tmp_path, rounds=4, engine=engine, federated=settings)
     federation = Federation(recipe, {"a": 2, "b": 2})
     site, places = federation.site("a"), federation.base.places
@@ -154,13 +138,10 @@ def _targets(examples: Sequence[Any]) -> int:
     return sum(example.num_targets for example in examples)
 
 
-@pytest.mark.parametrize("way", ["first", "parts"])
 @pytest.mark.parametrize("ranks", [[1, 2, 4], [1]])
-def test_many_steps_at_small_sites_do_not_overshoot(
-    model: Path, rows: Path, tmp_path: Path, ranks: list[int], way: str
-) -> None:
+def test_many_steps_at_small_sites_do_not_overshoot(model: Path, rows: Path, tmp_path: Path, ranks: list[int]) -> None:
     """Parts that each go all the way to what they can do alone are too much together, if each counts as the whole."""
-    settings = {"local_steps": 20, "small_sites": way}
+    settings = {"local_steps": 20}
     train = {"lr_scheduler_type": "constant", "learning_rate": 2e-3}
     recipe = recipe_of(model, rows, tmp_path, rounds=6, federated=settings, train=train)
     federation = Federation(recipe, {f"site-{number}": ranks[number % len(ranks)] for number in range(3)})
@@ -184,9 +165,7 @@ def test_a_restarted_site_goes_on_with_its_optimizers(model: Path, rows: Path, t
     optimizer for each of two parts, which the last two rounds train again."""
     bytes_of: list[list[bytes]] = []
     for restarts in (False, True):
-        recipe = recipe_of(
-            model, rows, tmp_path / str(restarts), rounds=4, federated={"send_dtype": "float32", **PARTS}
-        )
+        recipe = recipe_of(model, rows, tmp_path / str(restarts), rounds=4, federated={"send_dtype": "float32"})
         federation = Federation(recipe, {"a": rank})
         site, sent = federation.site("a", keeps=True), []
         for number in range(4):
@@ -200,7 +179,7 @@ def test_a_restarted_site_goes_on_with_its_optimizers(model: Path, rows: Path, t
 
 
 def test_a_checkpoint_without_an_optimizer_of_a_part_is_refused(model: Path, rows: Path, tmp_path: Path) -> None:
-    federation = Federation(recipe_of(model, rows, tmp_path, federated=PARTS), {"a": 2})
+    federation = Federation(recipe_of(model, rows, tmp_path), {"a": 2})
     site = federation.site("a", keeps=True)
     federation.coordinator.take("a", site.answer(federation.coordinator.offer("a")))
     federation.coordinator.close(lambda: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -24,11 +23,9 @@ from thriftune.federated.aggregate import (
     trained_half,
     truncated,
 )
-from thriftune.recipe import FederatedRecipe
 
 SHAPES = st.tuples(st.integers(1, 23), st.integers(1, 19))  # out and in differ, so that a transposition shows
 RANKS = st.lists(st.integers(1, 6), min_size=1, max_size=5)
-WAYS = st.sampled_from(["first", "parts"])
 
 
 def draw(out: int, into: int, rank: int, seed: int) -> Factors:
@@ -44,17 +41,8 @@ def share(part: Factors, first: int, weight: float) -> Share:
     return Share(Factors(part.b_OR.double(), part.a_RI.double()), first, weight)
 
 
-def rounds(aggregation: Any, small_sites: Any = "parts") -> FederatedRecipe:
-    return FederatedRecipe(aggregation=aggregation, small_sites=small_sites)
-
-
-def dense_mean(current: Factors, shares: list[Share], small_sites: str = "parts") -> Tensor:
-    """The current product, and what each site changed in it by its weight; or what the sites have by their weights, and
-    the components that none has."""
-    if small_sites == "first":
-        known = max(one.end for one in shares)
-        mean = dense(current.between(known, current.rank))
-        return mean + sum(one.weight * dense(one.factors) for one in shares)
+def dense_mean(current: Factors, shares: list[Share]) -> Tensor:
+    """The current product, and what each site changed in it by its weight."""
     mean = dense(current)
     for one in shares:
         before = current.between(one.first, one.end)
@@ -62,12 +50,12 @@ def dense_mean(current: Factors, shares: list[Share], small_sites: str = "parts"
     return mean
 
 
-def some_shares(out: int, into: int, ranks: list[int], whole: int, seed: int, small_sites: str) -> list[Share]:
+def some_shares(out: int, into: int, ranks: list[int], seed: int) -> list[Share]:
     """One site a rank, each at another turn of its parts."""
     total = sum(3 * number + 1 for number in range(len(ranks)))
     shares = []
     for number, rank in enumerate(ranks):
-        parts = parts_of(rounds("svd", small_sites), rank, whole)
+        parts = parts_of("svd", rank, max(ranks))
         first, end = parts[(seed + number) % len(parts)]
         part = draw(out, into, end - first, seed + number + 1)
         shares.append(share(part, first, (3 * number + 1) / total))
@@ -81,33 +69,27 @@ def updates_of(shares: list[Share]) -> list[Update]:
 @given(st.integers(1, 40), st.data())
 def test_parts_hold_every_component_once_and_no_more_than_the_rank(whole: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, whole))
-    parts = parts_of(rounds("svd"), rank, whole)
+    parts = parts_of("svd", rank, whole)
     assert [component for first, end in parts for component in range(first, end)] == list(range(whole))
     assert all(0 < end - first <= rank for first, end in parts)
-    assert parts_of(rounds("fedit"), rank, whole) == parts_of(rounds("svd", "first"), rank, whole) == [(0, rank)]
+    assert parts_of("fedit", rank, whole) == [(0, rank)]
 
 
-@given(SHAPES, RANKS, st.integers(0, 2), st.integers(0, 1000), WAYS)
-def test_the_stack_is_the_dense_weighted_mean_at_any_ranks(
-    shape: tuple[int, int], ranks: list[int], beyond: int, seed: int, small_sites: Any
-) -> None:
-    """`beyond`: components that no site of the round is large enough for."""
+@given(SHAPES, RANKS, st.integers(0, 1000))
+def test_the_stack_is_the_dense_weighted_mean_at_any_ranks(shape: tuple[int, int], ranks: list[int], seed: int) -> None:
     out, into = shape
-    whole = max(ranks) + beyond
-    current, shares = draw(out, into, whole, seed), some_shares(out, into, ranks, whole, seed, small_sites)
-    stack = stacked_mean(Factors(current.b_OR.double(), current.a_RI.double()), shares, small_sites)
-    wanted = dense_mean(current, shares, small_sites)
+    current, shares = draw(out, into, max(ranks), seed), some_shares(out, into, ranks, seed)
+    stack = stacked_mean(Factors(current.b_OR.double(), current.a_RI.double()), shares)
+    wanted = dense_mean(current, shares)
     assert (dense(stack) - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-@given(SHAPES, RANKS, st.integers(0, 1000), WAYS)
-def test_svd_is_the_best_approximation_of_the_global_rank(
-    shape: tuple[int, int], ranks: list[int], seed: int, small_sites: Any
-) -> None:
+@given(SHAPES, RANKS, st.integers(0, 1000))
+def test_svd_is_the_best_approximation_of_the_global_rank(shape: tuple[int, int], ranks: list[int], seed: int) -> None:
     out, into = shape
-    current, shares = draw(out, into, max(ranks), seed), some_shares(out, into, ranks, max(ranks), seed, small_sites)
-    found = aggregate(rounds("svd", small_sites), {"m": current}, updates_of(shares))
-    wanted = dense_mean(current, shares, small_sites)
+    current, shares = draw(out, into, max(ranks), seed), some_shares(out, into, ranks, seed)
+    found = aggregate("svd", {"m": current}, updates_of(shares))
+    wanted = dense_mean(current, shares)
     values = torch.linalg.svdvals(wanted)
     kept = min(max(ranks), len(values))
     error = (dense(found.adapter["m"]) - wanted).norm()
@@ -141,9 +123,7 @@ def test_new_rows_of_a_stay_near_the_sites_rows_and_can_all_train() -> None:
     for part in small:
         part.b_OR[:, 2:] = 0.0
     start = Factors(current.b_OR * 0.0, current.a_RI)
-    found = aggregate(
-        rounds("svd"), {"m": start}, [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(small)]
-    )
+    found = aggregate("svd", {"m": start}, [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(small)])
     a_RI = found.adapter["m"].a_RI
     assert torch.allclose(a_RI, current.a_RI.double(), rtol=1e-6, atol=1e-6)
     assert float(found.adapter["m"].b_OR[:, 2:].abs().max()) < 1e-9
@@ -157,30 +137,17 @@ def test_a_direction_that_no_row_of_a_has_gets_a_row_that_is_long_enough() -> No
     b_OR = torch.zeros(8, 2)
     b_OR[4, 0] = 2.0
     parts = [Factors(sign * b_OR, current.a_RI + sign * away) for sign in (1.0, -1.0)]
-    found = aggregate(
-        rounds("svd"), {"m": current}, [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(parts)]
-    )
+    found = aggregate("svd", {"m": current}, [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(parts)])
     wanted = sum(dense(part) for part in parts) / 2
     assert float(wanted[4, 5]) == 6.0
     assert torch.allclose(dense(found.adapter["m"]), wanted, atol=1e-9)
     assert float(found.adapter["m"].a_RI.norm(dim=1).min()) > 0.09
 
 
-def test_components_that_few_sites_have_are_held_down_and_those_that_none_has_stay() -> None:
-    """Two sites of equal weight send back what they were offered: of rank 2 and of rank 3, in an adapter of rank 4."""
-    current = Factors(torch.eye(9, 4), torch.eye(4, 9) * torch.tensor([[4.0], [3.0], [2.0], [1.0]]))
-    updates = [Update(str(rank), 1.0, {"m": current.between(0, rank)}) for rank in (2, 3)]
-    sizes = {
-        way: dense(aggregate(rounds("svd", way), {"m": current}, updates).adapter["m"]) for way in ("first", "parts")
-    }
-    assert torch.allclose(torch.diag(sizes["first"])[:4], torch.tensor([4.0, 3.0, 1.0, 1.0], dtype=torch.float64))
-    assert torch.allclose(sizes["parts"], dense(current))
-
-
 def test_one_full_update_is_taken_to_the_bit() -> None:
     current, part = draw(9, 14, 4, seed=1), draw(9, 14, 4, seed=2)
     for aggregation in ("svd", "fedit", "ffa", "rolora"):
-        found = aggregate(rounds(aggregation), {"m": current}, [Update("only", 5.0, {"m": part})]).adapter["m"]
+        found = aggregate(aggregation, {"m": current}, [Update("only", 5.0, {"m": part})]).adapter["m"]
         assert torch.equal(found.b_OR, part.b_OR.double()) and torch.equal(found.a_RI, part.a_RI.double())
 
 
@@ -193,7 +160,7 @@ def test_with_one_factor_shared_the_linear_methods_are_exact(aggregation: str, r
     parts = [Factors(part.b_OR, current.a_RI) if half == "b" else Factors(current.b_OR, part.a_RI) for part in drawn]
     weights = [1.0, 2.0, 5.0]
     updates = [Update(str(site), weight, {"m": part}) for site, (part, weight) in enumerate(zip(parts, weights))]  # noqa: B905
-    found = aggregate(rounds(aggregation), {"m": current}, updates).adapter["m"]
+    found = aggregate(aggregation, {"m": current}, updates).adapter["m"]
     wanted = dense_mean(current, [share(part, 0, weight / 8) for part, weight in zip(parts, weights)])  # noqa: B905
     assert (dense(found) - wanted).norm() <= 1e-5 * wanted.norm()
     assert half == ("b" if aggregation == "ffa" or round_number == 0 else "a")
@@ -204,7 +171,7 @@ def test_averaging_both_factors_is_not_the_mean_of_the_updates() -> None:
     current = draw(13, 21, 4, seed=5)
     parts = [draw(13, 21, 4, seed=6 + site) for site in range(3)]
     updates = [Update(str(site), 1.0, {"m": part}) for site, part in enumerate(parts)]
-    found = aggregate(rounds("fedit"), {"m": current}, updates)
+    found = aggregate("fedit", {"m": current}, updates)
     wanted = dense_mean(current, [share(part, 0, 1 / 3) for part in parts])
     assert (dense(found.adapter["m"]) - wanted).norm() > 0.1 * wanted.norm()
     assert found.energy_kept is None, "nothing was cut"
@@ -213,7 +180,7 @@ def test_averaging_both_factors_is_not_the_mean_of_the_updates() -> None:
 def test_equal_updates_give_that_update() -> None:
     """K sites with the same data end where one of them does."""
     current, part = draw(17, 11, 4, seed=1), draw(17, 11, 4, seed=2)
-    found = aggregate(rounds("svd"), {"m": current}, [Update(str(site), 1.0 + site, {"m": part}) for site in range(4)])
+    found = aggregate("svd", {"m": current}, [Update(str(site), 1.0 + site, {"m": part}) for site in range(4)])
     assert torch.allclose(dense(found.adapter["m"]), dense(part), rtol=1e-9, atol=1e-9)
     assert found.energy_kept == pytest.approx(1.0)
 
@@ -249,4 +216,4 @@ def test_an_outsized_change_is_refused_by_the_round_or_by_the_rounds_before() ->
 
 def test_a_mean_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no updates"):
-        aggregate(rounds("svd"), {"m": draw(3, 4, 2, seed=1)}, [])
+        aggregate("svd", {"m": draw(3, 4, 2, seed=1)}, [])

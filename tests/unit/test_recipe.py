@@ -111,7 +111,6 @@ OTHER_VALUES: dict[str, Any] = {
     "federated.aggregation": "rolora",
     "federated.quorum": 0.7,
     "federated.round_timeout_s": 7.5,
-    "federated.small_sites": "parts",
     "federated.send_dtype": "float32",
     "federated.largest_change": 7.5,
     "federated.clip_norm": 0.7,

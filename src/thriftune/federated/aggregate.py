@@ -2,20 +2,16 @@
 
 `svd` (default) is the exact weighted mean of the updates, held as stacked factors and cut to the global rank by its
 singular values, whose squares are its energy (Bai et al. 2024, FlexLoRA, arXiv:2402.11505, without the dense product).
-A site of rank r_k trains at most r_k components beside the frozen others, in one of two ways (docs/decisions/0018):
+A site of rank r_k trains a part of at most r_k components, ceil(R / r_k) parts in turn, beside the frozen others (as
+FedRolex has a small site train a rolling part of a network, Alam et al. 2022, arXiv:2212.01548). Its update is B_k A_k
+in the place of the product B_p A_p of its part before:
 
-- `first`: always the first r_k. The mean is that of the products that the sites trained, sum_k w_k B_k A_k: a component
-  that few sites have is held down by the others, which count as zero there. One that no site of the round has stays.
-- `parts`: ceil(R / r_k) parts in turn, as FedRolex has a small site train a rolling part of a network (Alam et al.
-  2022, arXiv:2212.01548); B_k A_k is in the place of the product B_p A_p of the part before. The mean is that of the
-  changes, B A + sum_k w_k (B_k A_k - B_p A_p).
+    B A + sum_k w_k (B_k A_k - B_p A_p)  =  [w_1 B_1 ... w_K B_K  B u] [A_1 ; ... ; A_K ; A]
 
-Both are [w_1 B_1 ... w_K B_K  B u] [A_1 ; ... ; A_K ; A], where u is how much of the product before stays: with `parts`
-1 - sum_k w_k over the sites whose part has the component, with `first` 0 where a site has it and 1 where none does.
-
-`fedit` averages A and B by themselves (Zhang et al. 2023, arXiv:2305.05644), which is not the mean of the updates.
-Where all sites share one of the factors it is: `ffa` never trains A (Sun et al. 2024, arXiv:2403.12313), `rolora`
-trains B and A in turn (Chen et al. 2025, arXiv:2502.01755).
+with u = 1 - sum_k w_k over the sites whose part has the component (docs/decisions/0017). `fedit` averages A and B by
+themselves (Zhang et al. 2023, arXiv:2305.05644), which is not the mean of the updates. Where all sites share one of the
+factors it is: `ffa` never trains A (Sun et al. 2024, arXiv:2403.12313), `rolora` trains B and A in turn (Chen et al.
+2025, arXiv:2502.01755).
 
 Shape legend: O out, I in, R global rank, r components of a part, S rank of a stack, K values of a decomposition.
 """
@@ -25,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Literal
 
@@ -33,8 +28,6 @@ import torch
 from torch import Tensor
 
 from thriftune.lowrank import lowrank_svd
-from thriftune.recipe import FederatedRecipe
-from thriftune.recipe.federated import SmallSites
 
 Half = Literal["both", "b", "a"]
 MIXED_RANKS = ("svd", "fedit")  # the others are exact at equal ranks only
@@ -95,20 +88,21 @@ def trained_half(aggregation: str, round_number: int) -> Half:
     return "both"
 
 
-def parts_of(rounds: FederatedRecipe, rank: int, whole: int) -> list[tuple[int, int]]:
-    """The parts, (first, end) of nearly equal size, that a site of this rank trains in turn."""
-    if rounds.aggregation != "svd" or rounds.small_sites == "first":
+def parts_of(aggregation: str, rank: int, whole: int) -> list[tuple[int, int]]:
+    """The parts, (first, end) of nearly equal size, that a site of this rank trains in turn. `fedit` is the way it is
+    known: always the first components."""
+    if aggregation != "svd":
         return [(0, rank)]
     number = math.ceil(whole / rank)
     return [(part * whole // number, (part + 1) * whole // number) for part in range(number)]
 
 
-def aggregate(rounds: FederatedRecipe, current: Adapter, updates: Sequence[Update]) -> Aggregate:
+def aggregate(aggregation: str, current: Adapter, updates: Sequence[Update]) -> Aggregate:
     """The next global adapter, in float64, of the current one's rank. Raises ValueError without an update."""
     if not updates:
         raise ValueError("a mean of no updates")
     total = math.fsum(update.weight for update in updates)
-    merge = partial(_svd, small_sites=rounds.small_sites) if rounds.aggregation == "svd" else _mean_of_factors
+    merge = _svd if aggregation == "svd" else _mean_of_factors
     adapter, kept, whole = {}, 0.0, 0.0
     for name, now in current.items():
         shares = [Share(_in_full(update.adapter[name]), update.first, update.weight / total) for update in updates]
@@ -130,12 +124,11 @@ class Share:
         return self.first + self.factors.rank
 
 
-def stacked_mean(current: Factors, shares: Sequence[Share], small_sites: SmallSites) -> Factors:
+def stacked_mean(current: Factors, shares: Sequence[Share]) -> Factors:
     """The exact mean of the updates as one pair of factors of rank S = R plus all parts' r (the module's formula)."""
     left_R = torch.ones(current.rank, dtype=current.a_RI.dtype)
     for share in shares:
-        part = slice(share.first, share.end)
-        left_R[part] = 0.0 if small_sites == "first" else left_R[part] - share.weight
+        left_R[share.first : share.end] -= share.weight
     left_OS = torch.cat([*(share.factors.b_OR * share.weight for share in shares), current.b_OR * left_R], dim=1)
     return Factors(left_OS, torch.cat([*(share.factors.a_RI for share in shares), current.a_RI]))
 
@@ -202,14 +195,14 @@ def refuse_unusable(
     return taken, refused, [norms[update.site] for update in taken]
 
 
-def _svd(current: Factors, shares: Sequence[Share], small_sites: SmallSites) -> tuple[Factors, float, float]:
+def _svd(current: Factors, shares: Sequence[Share]) -> tuple[Factors, float, float]:
     if len(shares) == 1 and shares[0].factors.rank == current.rank:
         return shares[0].factors, 0.0, 0.0  # the mean of one is itself, to the bit
     near_RI = current.a_RI.clone()
     for share in shares:
         part = slice(share.first, share.end)
         near_RI[part] += share.weight * (share.factors.a_RI - current.a_RI[part])
-    return truncated(stacked_mean(current, shares, small_sites), current.rank, near_RI)
+    return truncated(stacked_mean(current, shares), current.rank, near_RI)
 
 
 def _mean_of_factors(current: Factors, shares: Sequence[Share]) -> tuple[Factors, float, float]:

@@ -134,7 +134,7 @@ class Coordinator:
         with the same part."""
         entries = (entry for done in self.state.rounds for entry in done.sites if entry.site == site)
         turn = list(self.sites).index(site) + sum(entry.change is not None for entry in entries)
-        parts = parts_of(self.recipe.federated, self.sites[site], self._places.rank)
+        parts = parts_of(self.recipe.federated.aggregation, self.sites[site], self._places.rank)
         return parts[turn % len(parts)]
 
     def take(self, site: str, data: bytes) -> None:
@@ -189,7 +189,7 @@ class Coordinator:
             half = trained_half(rounds.aggregation, self.round)
             adapter, kept = private_mean(self.current, taken, half, rounds, len(self.sites)), None
         else:
-            merged = aggregate(rounds, self.current, taken)
+            merged = aggregate(rounds.aggregation, self.current, taken)
             adapter, kept = merged.adapter, merged.energy_kept
         self.current = {name: Factors(part.b_OR.float(), part.a_RI.float()) for name, part in adapter.items()}
         reasons = {entry.site: entry.reason for entry in refused}

@@ -4,9 +4,8 @@ The optimizer's moments never leave the site and stay from round to round (docs/
 numbered through all rounds: step s of round n is step n * local_steps + s of the schedule and of the order of its
 rows, so a site that missed rounds goes on where the others are.
 
-A site of a lower rank trains its first components, with an optimizer of them alone. With small_sites=parts it trains
-another part each round: each part has an optimizer of its own, and a learning rate as many times as high as there are
-parts (docs/decisions/0018, 0017).
+A site of a lower rank trains another part of the components each round. Each part has an optimizer of its own, and a
+learning rate as many times as high as there are parts (docs/decisions/0017).
 """
 
 from __future__ import annotations
@@ -282,7 +281,7 @@ class Site:
         return say
 
     def _parts(self, rank: int) -> list[tuple[int, int]]:
-        return parts_of(self._job.recipe.federated, rank, self._base.places.rank)
+        return parts_of(self._job.recipe.federated.aggregation, rank, self._base.places.rank)
 
     def _optimizer(self, first: int, end: int) -> torch.optim.Optimizer:
         """That of the components `first` to `end`; it is made when they are first trained."""

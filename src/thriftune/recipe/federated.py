@@ -8,8 +8,6 @@ from pydantic import Field
 
 from thriftune.recipe.section import Positive, Section
 
-SmallSites = Literal["first", "parts"]
-
 
 class FederatedRecipe(Section):
     """Of the `federate` verbs only; the data stay at the sites, the adapter goes round."""
@@ -18,9 +16,6 @@ class FederatedRecipe(Section):
     local_steps: Positive = Field(20, description="optimizer steps of a site in a round")
     aggregation: Literal["svd", "rolora", "ffa", "fedit"] = Field(
         "svd", description="how updates are made one: exactly and cut to lora.r; B and A in turn; B only; B and A apart"
-    )
-    small_sites: SmallSites = Field(
-        "first", description="with svd, what sites of lower rank train: their first components, or all part by part"
     )
     quorum: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the sites that a round needs")
     round_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
