@@ -51,7 +51,7 @@ case $stage in
 beside)
     # Cells of one comparison are of one kind of machine: those of H200s are kept by themselves.
     kept=reader
-    if nvidia-smi --query-gpu=name --format=csv,noheader -i 0 | grep -q H200; then kept=reader-h200; fi
+    if nvidia-smi --query-gpu=name --format=csv,noheader -i 0 2>/dev/null | grep -q H200; then kept=reader-h200; fi
     (CUDA_VISIBLE_DEVICES=3 gpu_tests) >"$out/gpu_tests.log" 2>&1 &
     CUDA_VISIBLE_DEVICES=0,1,2 run "$python" "$here/imdb_reader/run.py" --model "$model" --imdb "$shared/data/imdb" \
         --gsm8k "$shared/data/gsm8k" --output "$runs/$kept" --results "$results/$kept" --parts imdb --at-once 3 \

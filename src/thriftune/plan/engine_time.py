@@ -24,10 +24,10 @@ PARTS_OF_A_LAYER = 7  # linears, each with a tensor of A and one of B
 
 @dataclass(frozen=True, slots=True)
 class EngineEfficiency:
-    """What the engine reaches: shares of the GPU's rates (`matmul_fp8` of that of 8-bit floats), `attention` of the matrix
-    rate for rows of 2,048 tokens, growing with the row. The rest are seconds of the thread that launches kernels: for a
-    layer's forward and backward pass, for what is computed again by what is kept, for a step, and for one whose rows
-    have new lengths (attention is planned and memory mapped anew); `paged_s` for each linear's share of a paged
+    """What the engine reaches: shares of the GPU's rates (`matmul_fp8` of that of 8-bit floats), `attention` of that of
+    matrices for rows of 2,048 tokens, growing with the row. The rest are seconds of the thread that launches kernels:
+    for a layer's forward and backward pass, for what is computed again by what is kept, for a step, and for one whose
+    rows have new lengths (attention is planned and memory mapped anew); `paged_s` for each linear's share of a paged
     optimizer's step."""
 
     matmul: float
