@@ -13,7 +13,7 @@ from thriftune.plan.memory import FRAGMENTS_FIXED, WIDE, in_all, optimizer_state
 from thriftune.plan.values import PARTS, Memory, Packed
 
 # What the allocator has taken and cannot use at the peak: shares of what a layer's backward pass works with, always and
-# where steps differ in length, and of the gradients. From half of the points in benchmarks/results/plan-h200.
+# where steps differ in length, and of the gradients. Set by hand to all points in benchmarks/results/plan-h200.
 FRAGMENTS, FRAGMENTS_VARIED, FRAGMENTS_GRADIENTS = 0.3, 0.7, 0.75
 SCORES = 4  # a row's attention scores and gradients by the reference kernel on a CPU, all heads, float32
 
