@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -197,6 +198,25 @@ def test_the_measured_step_is_that_of_a_run(tmp_path, method, engine):
     found = measure_step(json.loads((folder / "config.json").read_text()), asked)
     ran_s = sorted(metrics.step_s for metrics in steps[1:])[len(steps) // 2]
     assert ran_s / 3 < found.step_s < ran_s * 3 and len(losses_of(tmp_path / "out")) == 6
+
+
+def test_short_steps_are_timed_for_a_while(monkeypatch):
+    """A machine that has just begun is slow for longer than a few short steps take."""
+    steps: list[float] = []
+    original = step_module.train_step
+
+    def counted(*words: Any) -> Any:
+        steps.append(time.perf_counter())
+        return original(*words)
+
+    monkeypatch.setattr(step_module, "train_step", counted)
+    monkeypatch.setattr(step_module, "LEAST_S", 0.0)
+    measure_step(STORIES, step("lora"))
+    few = len(steps)
+    monkeypatch.setattr(step_module, "LEAST_S", 1.0)
+    measure_step(STORIES, step("lora"))
+    assert few == 2 * step_module.STEPS, "with one micro-batch, and with two"
+    assert len(steps) > 2 * few and steps[-1] - steps[few] > 1.8
 
 
 def test_the_settings_that_were_chosen_are_the_ones_that_are_timed(monkeypatch):

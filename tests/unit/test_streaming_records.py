@@ -35,6 +35,16 @@ def test_memory_stays_below_the_cap() -> None:
     assert all(row["peak_gib"] <= row["cap_gib"] - 0.5 for row in capped)
 
 
+def test_speed_rises_with_the_cap_where_copies_are_not_hidden() -> None:
+    """1,024 tokens a step: too few to hide a layer's copy, so every resident layer counts."""
+    rows = [row for row in lines("steps.jsonl") if (row["stage"], row.get("batch")) == ("steps", "1x1024")]
+    speeds = {row["cap_gib"]: row["tokens_per_s"] for row in rows}
+    assert list(speeds) == [12, 16, 24, 40] and list(speeds.values()) == sorted(speeds.values())
+    waited = [row["waited_s"] for row in rows]
+    assert waited == sorted(waited, reverse=True) and waited[0] > 0.5 and waited[-1] < 0.001
+    assert all(row["copy_s"] < row["step_s"] and row["compute_s"] <= row["step_s"] for row in rows)
+
+
 def test_host_memory_is_that_of_the_slabs() -> None:
     hosts = [row for row in lines("steps.jsonl") if row["stage"] == "host" and row["model"] != "tiny"]
     assert {row["model"] for row in hosts} >= {"8B", "70B", "123B"}

@@ -28,6 +28,7 @@ from thriftune.federated.split import read_split, share_out
 from thriftune.recipe import Recipe
 from thriftune.records import read_record
 from thriftune.run import Prepared, prepare_run
+from thriftune.train.loop import eval_is_due
 from thriftune.train.observe import MetricsFile
 
 
@@ -113,23 +114,14 @@ def _round(coordinator: Coordinator, base: Base, sites: Sequence[Site]) -> Feder
         coordinator.take(site.name, site.answer(coordinator.offer(site.name)))
 
     def measure() -> float | None:
-        if not _eval_is_due(coordinator.recipe, coordinator.round):
+        rounds = coordinator.recipe.federated
+        done, last = coordinator.round * rounds.local_steps, rounds.rounds * rounds.local_steps
+        if not eval_is_due(coordinator.recipe.train, done, done + rounds.local_steps, last, rounds.local_steps):
             return None
         base.places.write(coordinator.current)
         return eval_loss(base)
 
     return coordinator.close(measure)
-
-
-def _eval_is_due(recipe: Recipe, done: int) -> bool:
-    """After the round that follows `done` others: always, or with eval_strategy steps where a multiple of eval_steps is
-    reached or passed, and after the last."""
-    settings, rounds = recipe.train, recipe.federated
-    if settings.eval_strategy != "steps":
-        return settings.eval_strategy != "no"
-    steps = done * rounds.local_steps
-    passed = (steps + rounds.local_steps) // settings.eval_steps > steps // settings.eval_steps
-    return passed or done + 1 == rounds.rounds
 
 
 def _site(base: Base, name: str, examples: Sequence[Example], output: Path) -> Site:

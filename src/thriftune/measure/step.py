@@ -154,13 +154,15 @@ def _repeated_s(loaded: LoadedModel, model: nn.Module, step: Step, micro_batches
     optimizer, _, _ = build_optimizer(model, recipe, device)
     path: StepPath = generic_path(job) if step.choice is None else _engine(job, step.choice)
     taken: list[float] = []
-    while not taken or ((len(taken) < STEPS or sum(taken) < LEAST_S) and sum(taken) + taken[-1] < SPENT_S):
+    spent = 0.0
+    while not taken or ((len(taken) < STEPS or spent < LEAST_S) and spent + taken[-1] < SPENT_S):
         started = time.perf_counter()
         with job.product_types():
             train_step(job, optimizer, path, 0, 1e-6, StopRequest(), _raise_instead)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - started)
+        spent += taken[-1]
     return sorted(taken)[len(taken) // 4]
 
 

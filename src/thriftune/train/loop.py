@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from thriftune.data import Example, shared_out
 from thriftune.errors import CheckpointError, NonFiniteLossError, StoppedBySignal
+from thriftune.recipe import TrainRecipe
 from thriftune.records import StepMetrics
 from thriftune.train.change import change_if_due
 from thriftune.train.checkpoint import (
@@ -163,11 +164,17 @@ def mean_loss(job: TrainJob, path: StepPath, say: Callable[[str], None], example
     return total / targets if targets else math.nan
 
 
+def eval_is_due(settings: TrainRecipe, before: int, step: int, last: int, epoch: int) -> bool:
+    """Whether the eval rows' loss is measured after `step`, when the step that could be asked about before is `before`:
+    where a multiple of `eval_steps`, or of the steps of an `epoch`, is reached or passed, and after the `last`."""
+    every = settings.eval_steps if settings.eval_strategy == "steps" else epoch
+    return settings.eval_strategy != "no" and (step // every > before // every or step == last)
+
+
 def _evaluate_if_due(job: TrainJob, state: TrainState, path: StepPath, say: Callable[[str], None]) -> float | None:
-    settings = job.recipe.train
-    every = settings.eval_steps if settings.eval_strategy == "steps" else job.order.steps_per_epoch
-    due = state.step % every == 0 or state.step == job.order.steps
-    if settings.eval_strategy == "no" or not job.eval_examples or not due:
+    step, order = state.step, job.order
+    due = eval_is_due(job.recipe.train, step - 1, step, order.steps, order.steps_per_epoch)
+    if not job.eval_examples or not due:
         return None
     loss = mean_loss(job, path, say, job.eval_examples)
     state.last_eval_loss = loss if math.isfinite(loss) else None
