@@ -147,8 +147,9 @@ def test_a_model_that_sees_is_timed_by_its_text_part():
 # ---------------------------------------------------------------- times
 
 
-def test_more_layers_and_more_work_take_longer():
-    """By whole factors, so that a busy machine does not decide."""
+def test_more_layers_and_more_work_take_longer(monkeypatch):
+    """By whole factors, and of several tries beside each other, so that a busy machine does not decide."""
+    monkeypatch.setattr(step_module, "LEAST_S", 0.0)
 
     def seconds(layers: int, work: Work = WORK) -> float:
         return measure_step({**STORIES, "num_hidden_layers": layers}, step("lora", work)).step_s
@@ -156,7 +157,7 @@ def test_more_layers_and_more_work_take_longer():
     two, whole, longer = seconds(2), measure_step(STORIES, step("lora")), seconds(24)
     assert whole.layers == "all 5 layers" and 0 < two < longer
     eight = work_of(2, 64, 8)
-    assert seconds(2, eight) > 1.5 * two
+    assert any(seconds(2, eight) > 1.5 * seconds(2) for _ in range(5))
 
 
 def test_long_micro_batches_are_timed_once(monkeypatch):
